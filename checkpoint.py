@@ -1,0 +1,123 @@
+"""Checkpoints: dicts of plain types and tensors that rebuild their model and run no code.
+
+`last.pt` holds everything that a training needs to go on; `best.pt` the weights that scored best
+on validation. To strip a checkpoint to its weights in half precision, small enough to publish:
+
+    python checkpoint.py runs/cifar10-cnn/best.pt pretrained/cnn.pt
+"""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cli import Parser, UserError, command, run
+from models import build_model
+
+KEYS = (
+    "model_name model_config model ema optimizer scaler epoch step best history settings "
+    "classes mean std dataset versions"
+).split()
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write the checkpoint so that `path` is at every moment the old file or the new one, whole.
+
+    Raises:
+        OSError: the file cannot be written; an old file is left as it was.
+    """
+    assert set(checkpoint) == set(KEYS), set(checkpoint) ^ set(KEYS)
+    buffer = io.BytesIO()  # serialised in memory: an error in it touches no file
+    torch.save(checkpoint, buffer)
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU; nothing in the file is run (`weights_only=True`).
+
+    Raises:
+        UserError: no such file, or damaged, or not a checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train_cnn.py and train_vit.py write them")
+    try:
+        contents = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(contents) as archive:  # torch.load checks no checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"{path}: damaged (checksum of {damaged}); use another copy")
+        contents.seek(0)
+        checkpoint = torch.load(contents, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors and plain types; not loaded") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: truncated, or not a checkpoint ({line})") from None
+    missing = set(KEYS) - set(checkpoint) if isinstance(checkpoint, dict) else set(KEYS)
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of this project (lacks {min(missing)!r})")
+    return checkpoint
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """Rebuild the model of a checkpoint, in eval mode: averaged weights where there are any.
+
+    Raises:
+        UserError: as `load_checkpoint`, or the weights do not fit the model that it describes.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        model = build_model(checkpoint["model_name"], checkpoint["model_config"])
+        model.load_state_dict(checkpoint["ema"] or checkpoint["model"])  # half becomes float32
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its weights do not fit its model ({line})") from None
+    return model.to(device).eval(), checkpoint
+
+
+def plain(value):
+    """`value` in plain types only: paths become strings, tuples lists, namespaces dicts."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("source", type=Path, help="a checkpoint of a training")
+    parser.add_argument("target", type=Path, help="the file to write")
+    args = parser.parse_args(argv)
+    checkpoint = load_checkpoint(args.source)
+    weights = checkpoint["ema"] or checkpoint["model"]
+    checkpoint |= {
+        "model": {
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in weights.items()
+        },
+        "ema": None,
+        "optimizer": None,
+        "scaler": None,
+    }
+    save_checkpoint(args.target, checkpoint)
+    print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,117 @@
+"""What every script's command line shares: one-line errors, checked numbers, the device."""
+
+import argparse
+import functools
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """Wrong use or bad input; the message names the file or flag and says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that shows defaults in `--help` and fails in one line."""
+
+    def __init__(self, manual: str, **kwargs):
+        super().__init__(description=manual, formatter_class=_Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        """Print one line and exit with status 2; argparse would print the usage as well."""
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the docstring and adds the defaults (a default of None is no default)."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def command(main):
+    """Decorate `main(argv=None)`: bad input ends in one line and exit 2, signals in 130 and 143."""
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            name = f"{error.filename}: " if error.filename else ""
+            print(f"error: {name}{error.strerror or error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("\ninterrupted; a training goes on with --resume", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapper
+
+
+def run(main) -> None:
+    """Run a script's `main`; SIGTERM ends it like an exit, so that files and bars are closed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    main()
+
+
+def number(kind, low, high=float("inf"), *, above: bool = False):
+    """An argparse type: a finite `kind` from `low` to `high` (`above`: `low` itself is refused)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (low < value if above else low <= value) or not value <= high or value == float("inf"):
+            words = f"above {low}" if above else f"of at least {low}"
+            words += f" and at most {high}" if high < float("inf") else ""
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {words}")
+        return value
+
+    return parse
+
+
+def add_data_flags(parser: argparse.ArgumentParser, *, remembered: bool = False) -> None:
+    """Add --dataset and --data-dir; `remembered`: a checkpoint supplies what is not typed."""
+    group = parser.add_argument_group("data")
+    note = " (default: the checkpoint's)" if remembered else ""
+    group.add_argument(
+        "--dataset",
+        choices=("cifar10", "digits", "folder"),
+        default=None if remembered else "cifar10",
+        help="cifar10 is downloaded on first use; digits comes with scikit-learn; "
+        "folder reads DIR/train/<class>/* and DIR/test/<class>/*" + note,
+    )
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        default=None if remembered else Path("data"),
+        help="where the data set lies or is to be put" + note,
+    )
+
+
+def add_device_flag(parser: argparse._ActionsContainer) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="auto takes a GPU where there is one",
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device name` asks for; raises UserError if this machine lacks it."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in found.items() if there)
+    if not found[name]:
+        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
+    return torch.device(name)

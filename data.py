@@ -1,0 +1,355 @@
+"""Images as uint8 tensors, stratified splits, and batches that are augmented on the device.
+
+    B batch   H, W image height and width   M images stored   N images of a split
+
+Images stay uint8 `(M, 3, H, W)` until a batch is drawn; then one gather flips and shifts each
+image by its own random amount, and the batch is normalised, all on the device it is used on.
+"""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from cli import UserError
+
+SPLIT_SEED = 0  # never --seed: runs with several seeds share their validation and test images
+CIFAR10_CLASSES = (
+    "airplane automobile bird cat deer dog frog horse ship truck".split()
+)  # the official order
+# Over all pixels of the 50,000 training images. (The often copied std .2023 .1994 .2010 is the
+# mean of the images' own stds, which is something else.)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@dataclasses.dataclass
+class Split:
+    """Rows of a data set: `images` uint8 (M, 3, H, W), `labels` int64 (M,), `indices` int64 (N,).
+
+    `images` is shared by all splits and may be memory-mapped: only rows that are asked for are
+    read.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def rows(self, which) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images and labels at positions `which` (a tensor or slice) of this split."""
+        rows = self.indices[which]
+        return self.images[rows], self.labels[rows]
+
+    def to(self, device: torch.device) -> "Split":
+        """The split on a GPU whole if a quarter of its free memory holds it; else unchanged."""
+        size = len(self) * self.images[0].numel()
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
+            images, labels = self.rows(slice(None))
+            indices = torch.arange(len(self), device=device)
+            return Split(images.to(device), labels.to(device), indices)
+        return self
+
+
+@dataclasses.dataclass
+class Data:
+    """A data set: its splits `train`, `val`, `test`, its class names, and its channel statistics.
+
+    `mean` and `std` are those of the training pixels, in [0, 1].
+    """
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    classes: list[str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    note: str = ""  # what the reader should know, e.g. how many files were skipped
+
+
+def load_data(
+    name: str, data_dir: str | Path, *, image_size: int = 32, val_fraction: float = 0.1
+) -> Data:
+    """Load `cifar10`, `digits` or `folder` and split it.
+
+    Args:
+        name: which data set.
+        data_dir: where CIFAR-10 is kept (and put by the download), or the folder of images.
+        image_size: side in pixels of a `folder`'s images once decoded; the others have 32.
+        val_fraction: share of the training images that validation gets, stratified; 0: none.
+
+    Raises:
+        UserError: the data are not there, cannot be read, or are too few to split.
+    """
+    data_dir, note = Path(data_dir), ""
+    if name == "cifar10":
+        images, labels, train_count = _load_cifar10(data_dir)
+        classes = CIFAR10_CLASSES
+    elif name == "digits":
+        images, labels, train_count = _load_digits()
+        classes = [str(digit) for digit in range(10)]
+    elif name == "folder":
+        images, labels, train_count, classes, note = _load_folder(data_dir, image_size)
+    else:
+        raise UserError(f"unknown data set {name!r}: use cifar10, digits or folder")
+
+    train, test = torch.arange(train_count), torch.arange(train_count, len(labels))
+    val = train[:0]
+    if val_fraction:
+        train, val = _split(labels, train, val_fraction, "--val-fraction")
+    splits = [Split(images, labels, indices) for indices in (train, val, test)]
+    mean, std = (
+        (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else channel_statistics(splits[0])
+    )
+    return Data(name, *splits, list(classes), mean, std, note)
+
+
+def _split(labels, indices, fraction, what) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split `indices` in two, stratified by label; the second part gets `fraction` of them."""
+    try:
+        first, second = train_test_split(
+            indices.numpy(),
+            test_size=fraction,
+            stratify=labels[indices].numpy(),
+            random_state=SPLIT_SEED,
+        )
+    except ValueError as error:
+        raise UserError(f"{what} {fraction}: {error}") from None
+    return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
+
+
+def _load_cifar10(root: Path):
+    try:
+        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad md5 a RuntimeError
+        raise UserError(
+            f"cannot get CIFAR-10 into {root} ({error}): put cifar-10-python.tar.gz there, or use "
+            "--dataset folder with images of your own, or try --dataset digits"
+        ) from None
+    images = torch.from_numpy(np.concatenate([part.data for part in parts]))  # (M, H, W, 3)
+    labels = torch.tensor(parts[0].targets + parts[1].targets)
+    return images.permute(0, 3, 1, 2).contiguous(), labels, len(parts[0])
+
+
+def _load_digits():
+    """1,797 handwritten digits of 8×8 pixels, enlarged to 3×32×32; 20% are the test split."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).unsqueeze(1) * (255 / 16)  # (M, 1, 8, 8), 0..255
+    images = torch.nn.functional.interpolate(images, size=32, mode="bilinear").round()
+    images = images.to(torch.uint8).expand(-1, 3, -1, -1)
+    labels = torch.from_numpy(digits.target)
+    train, test = _split(labels, torch.arange(len(labels)), 0.2, "the test split")
+    order = torch.cat([train, test])
+    return images[order], labels[order], len(train)
+
+
+def channel_statistics(split: Split) -> tuple[tuple, tuple]:
+    """Mean and standard deviation per channel over all pixels of a split, in [0, 1]."""
+    total, squares, pixels = torch.zeros(3).double(), torch.zeros(3).double(), 0
+    for chunk in torch.arange(len(split)).split(2048):  # bounded memory
+        images = split.rows(chunk)[0].float()
+        total += images.sum((0, 2, 3))
+        squares += images.square().sum((0, 2, 3))
+        pixels += images.numel() // 3
+    mean = total / pixels
+    std = (squares / pixels - mean**2).clamp_min(1).sqrt()  # one colour only: no division by 0
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+# ---------------------------------------------------------------- a folder of images
+
+
+def _load_folder(root: Path, size: int):
+    """Decode `root/train/<class>/*` and `root/test/<class>/*` once, then memory-map the cache."""
+    train, skipped = _scan(root, "train")
+    test, skipped_test = _scan(root, "test")
+    classes = sorted({name for name, _, _ in train})
+    strange = sorted({name for name, _, _ in test} - set(classes))
+    if strange:
+        raise UserError(f"{root}/test has class {strange[0]!r}, which {root}/train lacks")
+    if len(classes) < 2:
+        raise UserError(f"{root}/train has the class {classes[0]!r} only; two are needed at least")
+    files = train + test
+    labels = torch.tensor([classes.index(name) for name, _, _ in files])
+    images = _cached_images(root, [path for _, path, _ in files], size, [s for *_, s in files])
+    skipped += skipped_test
+    note = f"{skipped} files without an image suffix skipped" if skipped else ""
+    return images, labels, len(train), classes, note
+
+
+def _scan(root: Path, part: str):
+    """All images below `root/part/<class>/`, as (class, path, stamp), and the count of others."""
+    if not (root / part).is_dir():
+        raise UserError(f"--data-dir {root}: there is no folder {part}/<class>/ with images in it")
+    found, skipped = [], 0
+    for folder in sorted(path for path in (root / part).iterdir() if path.is_dir()):
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
+                    stat = entry.stat()
+                    stamp = f"{part}/{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}"
+                    found.append((folder.name, entry.path, stamp))
+                else:
+                    skipped += 1
+    if not found:
+        raise UserError(f"--data-dir {root}: no images in {root / part}/<class>/")
+    return found, skipped
+
+
+def _cached_images(root: Path, paths: list[str], size: int, stamps: list[str]) -> torch.Tensor:
+    """The decoded images, memory-mapped; the cache's name tells of which files, so none is stale."""
+    digest = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    cache = root / f".cache-{size}-{digest}.npy"
+    if not cache.exists():
+        partial = cache.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            array = np.lib.format.open_memmap(
+                partial, mode="w+", dtype=np.uint8, shape=(len(paths), 3, size, size)
+            )
+            for row, path in enumerate(tqdm(paths, "decoding", unit=" images", disable=None)):
+                array[row] = np.asarray(read_image(path, size)).transpose(2, 0, 1)
+            array.flush()
+            for old in root.glob(f".cache-{size}-*.npy"):
+                old.unlink()
+            partial.replace(cache)
+        finally:
+            partial.unlink(missing_ok=True)
+    return torch.from_numpy(np.load(cache, mmap_mode="c"))  # "c": our writes would stay private
+
+
+def read_image(path: str | Path, size: int | None = None) -> Image.Image:
+    """Read an image file as RGB, upright; with `size`: shorter side to `size`, centre crop.
+
+    Raises:
+        UserError: the file is missing, or no image that Pillow can read.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not an image that can be read ({error})") from None
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return image
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Batches:
+    """An iterable of `(images, labels)`, one epoch each time it is iterated, like a DataLoader.
+
+    Images come normalised, float32 (B, 3, H, W); labels int64 (B,); both on `device`.
+    With `train=True` the order is shuffled, an incomplete last batch is left out, and each image
+    is flipped, shifted by up to `shift` pixels, and loses a square of `erase` pixels. One number
+    drawn from PyTorch's global generator when an epoch begins decides all of that: the loop
+    seeds it with (seed, epoch), and batch number `step` then depends on (seed, epoch, step) only.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        mean,
+        std,
+        device: torch.device | str = "cpu",
+        train: bool = False,
+        flip: bool = False,
+        shift: int = 0,
+        erase: int = 0,
+    ):
+        self.device = torch.device(device)
+        self.split, self.batch_size, self.train = split.to(self.device), batch_size, train
+        self.flip, self.shift, self.erase = flip, shift, erase
+        self.mean = 255 * torch.tensor(mean, device=self.device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(std, device=self.device).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.split), self.batch_size)
+        return full if self.train else full + (rest > 0)
+
+    def __iter__(self):
+        if not self.train:
+            for part in torch.arange(len(self.split)).split(self.batch_size):
+                images, labels = self._on_device(part)
+                yield normalise(images, self.mean, self.std), labels
+            return
+        seed = torch.randint(2**62, ()).item()
+        order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
+        for step in range(len(self)):
+            draws = torch.Generator(self.device).manual_seed(seed + 1 + step)
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            images, labels = self._on_device(rows)
+            images = flip_and_shift(images, draws, flip=self.flip, shift=self.shift)
+            images = normalise(images, self.mean, self.std)
+            yield erase_square(images, draws, self.erase), labels
+
+    def _on_device(self, rows: torch.Tensor):
+        images, labels = self.split.rows(rows.to(self.split.indices.device))
+        return images.to(self.device), labels.to(self.device)
+
+
+def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(images - mean) / std as float32; mean and std on the scale of 0 to 255, (3, 1, 1)."""
+    return (images.float() - mean) / std
+
+
+def flip_and_shift(
+    images: torch.Tensor, generator: torch.Generator, *, flip: bool, shift: int
+) -> torch.Tensor:
+    """Mirror each image with probability 1/2 and move it by up to `shift` pixels each way.
+
+    One gather for the whole batch: pixel (y, x) of the result is pixel (rows[y], columns[x]) of
+    the image; what is moved in from outside is the image's own mirror image at the border.
+    images (B, 3, H, W) -> (B, 3, H, W), laid out in memory as channels-last.
+    """
+    B, _, H, W = images.shape
+
+    def source(size):  # (B, size): where each row or column comes from
+        moves = torch.randint(
+            -shift, shift + 1, (B, 1), generator=generator, device=generator.device
+        )
+        index = torch.arange(size, device=images.device) + moves
+        return size - 1 - (size - 1 - index.abs()).abs()  # reflect at 0 and at size - 1
+
+    rows, columns = source(H), source(W)
+    if flip:
+        mirrored = torch.rand(B, 1, generator=generator, device=generator.device) < 0.5
+        columns = torch.where(mirrored, W - 1 - columns, columns)
+    image = torch.arange(B, device=images.device)[:, None, None]
+    channels_last = images[image, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
+    return channels_last.permute(0, 3, 1, 2)
+
+
+def erase_square(images: torch.Tensor, generator: torch.Generator, size: int) -> torch.Tensor:
+    """Set a square of `size` pixels to 0, the mean colour, anywhere in each normalised image.
+
+    Cutout (DeVries and Taylor 2017, arXiv 1708.04552), but wholly inside the image.
+    """
+    if not size:
+        return images
+    B, _, H, W = images.shape
+
+    def inside(length):  # (B, length): whether a row or column is in the square
+        start = torch.randint(
+            length - size + 1, (B, 1), generator=generator, device=generator.device
+        )
+        index = torch.arange(length, device=images.device)
+        return (start <= index) & (index < start + size)
+
+    square = inside(H)[:, None, :, None] & inside(W)[:, None, None, :]  # (B, 1, H, W)
+    return images.masked_fill(square, 0.0)

@@ -1,0 +1,251 @@
+"""The two networks, written out: a residual CNN and a Vision Transformer.
+
+    B batch   C channels   H, W image height and width   K feature channels   h, w feature map
+    N tokens = 1 class token + P patches   D width   heads   hd = D / heads, head width
+
+Both have `forward(x) = forward_head(forward_features(x))`. What explanations need comes from
+`forward_features(x, return_intermediates=True)`, with its graph, and from no second copy of the
+forward pass and no hooks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions, each with batch norm, around a shortcut (He et al. 2016, fig. 2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x):  # (B, K, h, w) -> (B, K, h, w)
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(y)))
+
+
+class Stage(nn.Module):
+    """A 3×3 convolution to `channels`, halved by max pooling, then residual blocks."""
+
+    def __init__(self, in_channels: int, channels: int, depth: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(depth)))
+
+    def forward(self, x):  # (B, in_channels, h, w) -> (B, channels, h / 2, w / 2)
+        x = F.relu(self.norm(F.max_pool2d(self.conv(x), 2)))
+        return self.blocks(x)
+
+
+class CNN(nn.Module):
+    """A residual network: stem, stages that each halve the image, global average pooling, linear.
+
+    Because nothing but averaging and one linear layer follows the last map, class activation
+    maps are exact (Zhou et al. 2016, arXiv 1512.04150).
+
+    Args:
+        classes: number of classes C.
+        stem: channels of the first convolution, at full resolution.
+        widths: channels of each stage; two stages make an 8×8 map of a 32×32 image.
+        depths: residual blocks of each stage.
+
+    Raises:
+        ValueError: a width or depth that makes no network.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int = 10,
+        stem: int = 32,
+        widths: tuple[int, ...] = (64, 128),
+        depths: tuple[int, ...] = (1, 1),
+    ):
+        super().__init__()
+        if len(widths) != len(depths) or not widths:
+            raise ValueError(f"widths {widths} and depths {depths} must name the same stages")
+        if min(classes, stem, *widths) < 1 or min(depths) < 0:
+            raise ValueError("classes, stem and widths must be at least 1, depths at least 0")
+        self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(stem)
+        ins = (stem, *widths[:-1])
+        self.stages = nn.ModuleList(map(Stage, ins, widths, depths))
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward_features(self, x, return_intermediates: bool = False):
+        """(B, 3, H, W) -> the last map (B, K, h, w); if asked, also the outputs of all stages."""
+        x = F.relu(self.norm(self.stem(x)))  # (B, stem, H, W)
+        outputs = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return (x, outputs) if return_intermediates else x
+
+    def forward_head(self, x):
+        """The last map (B, K, h, w) -> logits (B, C)."""
+        return self.head(x.mean((2, 3)))
+
+    def forward(self, x):
+        """Images (B, 3, H, W) -> logits (B, C)."""
+        return self.forward_head(self.forward_features(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(hd)) v (Vaswani et al. 2017, eq. 1).
+
+    Raises:
+        ValueError: `heads` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {dim}")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.project = nn.Linear(dim, dim)
+
+    def forward(self, x, return_attention: bool = False):
+        """(B, N, D) -> (B, N, D); if asked, also the attention (B, heads, N, N), rows sum to 1."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, hd)
+        if return_attention:
+            scores = q @ k.transpose(-2, -1) / (D // self.heads) ** 0.5  # (B, heads, N, N)
+            attention = scores.softmax(dim=-1)
+            out = attention @ v
+        else:  # the same without keeping the (N, N) matrix: faster, less memory
+            attention = None
+            out = F.scaled_dot_product_attention(q, k, v)
+        out = self.project(out.transpose(1, 2).reshape(B, N, D))  # heads side by side again
+        return (out, attention) if return_attention else out
+
+
+class Block(nn.Module):
+    """One transformer layer, normalised before each half: attention, then a two-layer MLP."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, return_intermediates: bool = False):  # (B, N, D) -> (B, N, D)
+        tokens = self.norm1(x)
+        if return_intermediates:
+            out, attention = self.attention(tokens, return_attention=True)
+        else:
+            out, attention = self.attention(tokens), None
+        x = x + self.dropout(out)
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return (x, attention, tokens) if return_intermediates else x
+
+
+class ViT(nn.Module):
+    """A Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929, eq. 1 to 4).
+
+    Args:
+        classes: number of classes C.
+        image_size: side of the square image in pixels.
+        patch_size: side of a patch in pixels; it must divide `image_size`.
+        dim: width D of a token; `heads` must divide it.
+        depth: number of blocks.
+        heads: attention heads in each block.
+        mlp_ratio: width of the hidden layer of each MLP, as a multiple of `dim`.
+        dropout: probability of dropping an activation after attention and MLP.
+
+    Raises:
+        ValueError: a combination that makes no network.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int = 10,
+        image_size: int = 32,
+        patch_size: int = 4,
+        dim: int = 192,
+        depth: int = 6,
+        heads: int = 6,
+        mlp_ratio: float = 2.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if not 0 < patch_size <= image_size or image_size % patch_size:
+            raise ValueError(
+                f"patches of {patch_size} pixels do not divide an image of {image_size} pixels"
+            )
+        if min(classes, dim, depth) < 1:
+            raise ValueError("classes, dim and depth must be at least 1")
+        self.grid = image_size // patch_size  # P = grid × grid
+        self.patchify = nn.Conv2d(3, dim, patch_size, stride=patch_size)  # a linear map per patch
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+        self._initialise()
+
+    def _initialise(self):
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        nn.init.trunc_normal_(self.class_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 / 2)
+                nn.init.zeros_(module.bias)
+
+    def forward_features(self, x, return_intermediates: bool = False):
+        """(B, 3, H, W) -> normalised tokens (B, N, D), the class token first.
+
+        If asked, also a dict: `attention`, per block (B, heads, N, N), and `tokens` (B, N, D),
+        the input of the last block's attention, the last place whose patches matter to the class
+        token's output.
+        """
+        x = self.patchify(x).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, P, D)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
+        x = self.dropout(x + self.positions)
+        attentions, tokens = [], None
+        for block in self.blocks:
+            if return_intermediates:
+                x, attention, tokens = block(x, return_intermediates=True)
+                attentions.append(attention)
+            else:
+                x = block(x)
+        x = self.norm(x)
+        return (x, {"attention": attentions, "tokens": tokens}) if return_intermediates else x
+
+    def forward_head(self, x):
+        """Tokens (B, N, D) -> logits (B, C), from the class token alone."""
+        return self.head(x[:, 0])
+
+    def forward(self, x):
+        """Images (B, 3, H, W) -> logits (B, C)."""
+        return self.forward_head(self.forward_features(x))
+
+
+MODELS = {"cnn": CNN, "vit": ViT}
+
+
+def build_model(name: str, config: dict) -> nn.Module:
+    """The network called `name` ("cnn" or "vit") with the constructor arguments `config`.
+
+    Raises:
+        ValueError: an unknown name or an impossible combination.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: it must be one of {', '.join(MODELS)}")
+    return MODELS[name](**config)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable numbers."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

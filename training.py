@@ -1,0 +1,451 @@
+"""The training loop. Read `train` from top to bottom; the functions it calls stand below it.
+
+`train_cnn.py` and `train_vit.py` each make a model, an optimizer and batches, and call `train`.
+"""
+
+import argparse
+import copy
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from checkpoint import load_checkpoint, plain, save_checkpoint
+from cli import Parser, UserError, add_data_flags, add_device_flag, choose_device, number
+from data import Batches, Data, load_data
+from models import build_model, count_parameters
+
+
+def train(model, optimizer, train_batches, val_batches, *, settings, card, resumed=None) -> dict:
+    """Train `model` and return its last checkpoint.
+
+    Args:
+        model: on its device already.
+        optimizer: over the model's parameters; the learning rate of its groups is set here.
+        train_batches: any iterable with a length that gives an epoch of `(images, labels)`.
+        val_batches: the same for validation, or None.
+        settings: what the command line said (see `recipe_parser`).
+        card: what a checkpoint says of the run beside its tensors (see `describe_run`).
+        resumed: the checkpoint to go on from, or None.
+
+    Raises:
+        UserError: the loss is no longer a finite number.
+    """
+    device = next(model.parameters()).device
+    out_dir, epochs = Path(settings.out_dir), settings.epochs
+    steps_per_epoch = min(len(train_batches), settings.limit_batches or len(train_batches))
+    total_steps = epochs * steps_per_epoch
+    amp_dtype = choose_amp(settings.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    ema = copy.deepcopy(model).eval() if settings.ema_decay else None
+    first_epoch, step, best, history = 1, 0, None, []
+
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        if ema:
+            ema.load_state_dict(resumed["ema"])
+        first_epoch, step = resumed["epoch"] + 1, resumed["step"]
+        best, history = resumed["best"], resumed["history"]
+
+    # Two writers with the same tags: TensorBoard draws training and validation in one chart.
+    # purge_step hides what an interrupted run logged after its last checkpoint.
+    log_train = SummaryWriter(out_dir / "train", purge_step=step + 1)
+    log_val = SummaryWriter(out_dir / "val", purge_step=step + 1)
+    log_train.add_text("settings", markdown_table(vars(settings)), step)
+    seconds = history[-1]["seconds"] if history else 0.0
+    print(TABLE_HEAD)
+
+    for epoch in range(first_epoch, epochs + 1):
+        # 1. Seed: all that is random in this epoch (order, augmentation, dropout) follows from
+        #    (seed, epoch). So there is no random state to save, and a resumed run is the same run.
+        torch.manual_seed(epoch_seed(settings.seed, epoch))
+        model.train()
+        loss_sum, correct, norm_sum = torch.zeros(3, device=device)
+        seen, started = 0, time.perf_counter()
+
+        batches = itertools.islice(train_batches, steps_per_epoch)
+        bar = tqdm(batches, f"epoch {epoch}/{epochs}", steps_per_epoch, leave=False, disable=None)
+        for images, labels in bar:
+            images, labels = images.to(device), labels.to(device)
+
+            # 2. Learning rate: a function of the step, so a scheduler has nothing to remember.
+            lr = lr_at(step, total_steps, settings.warmup, settings.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # 3. Forward, in half precision where that is faster (autocast picks where it is safe).
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                logits = model(images)
+            loss = F.cross_entropy(
+                logits.float(), labels, label_smoothing=settings.label_smoothing
+            )
+
+            # 4. Backward. The scaler keeps small float16 gradients from becoming 0; gradients are
+            #    unscaled before they are clipped. When it is disabled, its calls do nothing.
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+
+            # 5. Average: a moving average of the weights is a better network than the last one.
+            if ema:
+                update_average(ema, model, step, settings.ema_decay)
+
+            # 6. Sums stay on the device: reading one here would stop the GPU at every step.
+            loss_sum += loss.detach() * len(labels)
+            correct += (logits.argmax(1) == labels).sum()
+            norm_sum += norm
+            seen += len(labels)
+
+        train_loss, train_accuracy = loss_sum.item() / seen, correct.item() / seen
+        epoch_seconds = time.perf_counter() - started  # after .item(): the GPU has finished
+        seconds += epoch_seconds
+        if not np.isfinite(train_loss):
+            raise UserError(
+                f"the loss is {train_loss} after step {step} with --lr {settings.lr:g}: start "
+                f"again with a smaller one; the last good epoch is kept in {out_dir}"
+            )
+
+        # 7. Validate, with the averaged weights. These images choose best.pt, never the test set.
+        val_loss, val_accuracy = validate(ema or model, val_batches, settings, amp_dtype)
+
+        # 8. Log: a row here and in the history, points in TensorBoard.
+        row = {
+            "epoch": epoch,
+            "step": step,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "lr": lr,
+            "grad_norm": norm_sum.item() / steps_per_epoch,
+            "images_per_second": seen / epoch_seconds,
+            "seconds": seconds,
+        }
+        history.append(row)
+        print(table_row(row), flush=True)
+        log_row(row, log_train, log_val)
+
+        # 9. Save: last.pt to go on from, best.pt to use.
+        state = card | {
+            "model": model.state_dict(),
+            "ema": ema.state_dict() if ema else None,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "epoch": epoch,
+            "step": step,
+            "best": best,
+            "history": history,
+        }
+        if best is None or val_accuracy is None or val_accuracy >= best["val_accuracy"]:
+            state["best"] = best = {"epoch": epoch, "val_accuracy": val_accuracy}
+            weights = {"model": state["ema"] or state["model"], "ema": None}
+            save_checkpoint(
+                out_dir / "best.pt", state | weights | {"optimizer": None, "scaler": None}
+            )
+        save_checkpoint(out_dir / "last.pt", state)
+
+    log_train.close()
+    log_val.close()
+    return state
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """One well-mixed 64-bit number for each (seed, epoch)."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
+
+
+def lr_at(step: int, total_steps: int, warmup: float, peak: float) -> float:
+    """Learning rate of step 0, 1, ...: up in a line to `peak`, then down in a line to 0.
+
+    `warmup` is the share of all steps that go up. Step `total_steps`, never taken, would have 0.
+    """
+    warmup_steps = round(warmup * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (total_steps - step) / (total_steps - warmup_steps)
+
+
+@torch.no_grad()
+def update_average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """ema <- d ema + (1 - d) model, for weights and batch-norm statistics alike.
+
+    d = min(decay, (1 + step) / (10 + step)): young averages forget the random start faster.
+    """
+    d = min(decay, (1 + step) / (10 + step))
+    new = model.state_dict()
+    old = {name: value for name, value in ema.state_dict().items() if value.is_floating_point()}
+    torch._foreach_lerp_(list(old.values()), [new[name] for name in old], 1 - d)
+
+
+@torch.no_grad()
+def validate(model, batches, settings, amp_dtype=None) -> tuple[float | None, float | None]:
+    """Loss (the training's own, so that the curves compare) and accuracy over `batches`."""
+    if not batches:
+        return None, None
+    model.eval()
+    device = next(model.parameters()).device
+    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for images, labels in itertools.islice(batches, settings.limit_batches):
+        images, labels = images.to(device), labels.to(device)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            logits = model(images).float()
+        smoothing = settings.label_smoothing
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        correct += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+    return loss_sum.item() / seen, correct.item() / seen
+
+
+def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The half-precision type that `--amp name` means on `device`; None: float32 throughout.
+
+    Raises:
+        UserError: float16, whose scaler needs a GPU, on another device.
+    """
+    cuda = device.type == "cuda"
+    if name == "auto" and cuda:
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp16" and not cuda:
+        raise UserError(f"--amp fp16 needs --device cuda, not {device.type}; use --amp off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay for the matrices and filters only: not for norms, biases, class token, positions."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and name not in ("class_token", "positions")
+        (decayed if matrix else free).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0}]
+
+
+# ---------------------------------------------------------------- what is logged
+
+COLUMNS = (  # heading, key of the history, format: all as wide as the heading
+    ("epoch", "epoch", "d"),
+    ("   step", "step", "d"),
+    ("train loss", "train_loss", ".4f"),
+    ("train acc", "train_accuracy", ".2%"),
+    ("val loss", "val_loss", ".4f"),
+    ("val acc", "val_accuracy", ".2%"),
+    ("grad norm", "grad_norm", ".3f"),
+    ("images/s", "images_per_second", ".0f"),
+    ("  seconds", "seconds", ".1f"),
+)
+TABLE_HEAD = "  ".join(heading for heading, _, _ in COLUMNS)
+
+
+def table_row(row: dict) -> str:
+    """A row of the history under TABLE_HEAD."""
+    cells = []
+    for heading, key, form in COLUMNS:
+        text = "-" if row[key] is None else format(row[key], form)
+        cells.append(text.rjust(len(heading)))
+    return "  ".join(cells)
+
+
+def log_row(row: dict, log_train: SummaryWriter, log_val: SummaryWriter) -> None:
+    """A row of the history as points in TensorBoard, at the row's step."""
+    for tag in ("loss", "accuracy"):
+        log_train.add_scalar(tag, row[f"train_{tag}"], row["step"])
+        if row[f"val_{tag}"] is not None:
+            log_val.add_scalar(tag, row[f"val_{tag}"], row["step"])
+    log_train.add_scalar("learning rate", row["lr"], row["step"])
+    log_train.add_scalar("gradient norm", row["grad_norm"], row["step"])
+    log_train.add_scalar("images per second", row["images_per_second"], row["step"])
+    log_train.flush()
+    log_val.flush()
+
+
+def markdown_table(values: dict) -> str:
+    """A dict as a table that TensorBoard renders."""
+    return "\n".join(["|setting|value|", "|---|---|", *(f"|{k}|{v}|" for k, v in values.items())])
+
+
+# ---------------------------------------------------------------- the flags of both recipes
+
+
+def recipe_parser(manual: str) -> Parser:
+    """The flags that both recipes share; `parser.set_defaults(...)` in a recipe gives values."""
+    parser = Parser(manual)
+    add_data_flags(parser)
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
+    add("--batch-size", type=number(int, 1), metavar="N", help="images in a step")
+    add("--lr", type=number(float, 0, above=True), metavar="X", help="highest learning rate")
+    add("--warmup", type=number(float, 0, 0.9), metavar="X",
+        help="share of the steps in which the learning rate goes up; then it goes down to 0")  # fmt: skip
+    add("--weight-decay", type=number(float, 0), metavar="X", help="on matrices and filters")
+    add("--label-smoothing", type=number(float, 0, 0.9), metavar="X", help="0: off")
+    add("--clip", type=number(float, 0), metavar="X", help="longest gradient allowed; 0: any")
+    add("--ema-decay", type=number(float, 0, 0.99999), metavar="X",
+        help="how slowly the averaged weights follow; 0: no average")  # fmt: skip
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
+    add("--shift", type=number(int, 0, 31), metavar="N", help="move images by up to N pixels")
+    add("--erase", type=number(int, 0, 32), metavar="N", help="blank a square of N pixels")
+    add("--seed", type=number(int, 0), default=0, metavar="N",
+        help="of weights, order, augmentation and dropout; the splits never depend on it")  # fmt: skip
+    add("--val-fraction", type=number(float, 0, 0.9), default=0.1, metavar="X",
+        help="share of the training images kept for validation; 0: all are trained on")  # fmt: skip
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add_device_flag(group)
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
+        help="half precision; auto: on a CUDA GPU only")  # fmt: skip
+    add("--out-dir", type=Path, metavar="DIR",
+        help="where checkpoints and curves go (default: runs/<dataset>-<model>)")  # fmt: skip
+    add("--resume", action="store_true", help="go on from last.pt in the out-dir")
+    add("--overwrite", action="store_true", help="replace the run in the out-dir")
+    add("--limit-batches", type=number(int, 1), metavar="N",
+        help="at most N batches an epoch, to try something out")  # fmt: skip
+    return parser
+
+
+def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
+    """Read the command line; returns (settings, the checkpoint to resume from or None).
+
+    What is typed goes before `digits`, the values for that data set, and these before the
+    recipe's own. With --resume all settings come from the checkpoint.
+
+    Raises:
+        UserError: an occupied out-dir, nothing to resume, a flag that conflicts with the run.
+    """
+    defaults = vars(parser.parse_args([]))
+    untyped = object()
+    namespace = argparse.Namespace(**dict.fromkeys(defaults, untyped))
+    typed = {k: v for k, v in vars(parser.parse_args(argv, namespace)).items() if v is not untyped}
+    settings = defaults | (digits if typed.get("dataset") == "digits" else {}) | typed
+    if settings["out_dir"] is None:
+        settings["out_dir"] = Path("runs", f"{settings['dataset']}-{model_name}")
+    out_dir, resumed = Path(settings["out_dir"]), None
+
+    if settings["resume"]:
+        if not (out_dir / "last.pt").is_file():
+            raise UserError(f"--resume: there is no {out_dir / 'last.pt'} to go on from")
+        resumed = load_checkpoint(out_dir / "last.pt")
+        if resumed["model_name"] != model_name:
+            raise UserError(f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}")
+        saved = resumed["settings"]
+        free = {"device", "data_dir", "out_dir", "resume", "overwrite"}
+        for key in sorted(set(typed) - free):
+            if plain(typed[key]) != saved.get(key):
+                flag = "--" + key.replace("_", "-")
+                raise UserError(
+                    f"{flag} {typed[key]} conflicts with the run in {out_dir}, which has "
+                    f"{saved.get(key)}: leave it out, or start anew in another --out-dir"
+                )
+        settings = settings | saved | {k: typed[k] for k in free & set(typed)}
+        settings["out_dir"] = out_dir
+    else:
+        claim(out_dir, settings["overwrite"])
+    return argparse.Namespace(**settings), resumed
+
+
+def claim(out_dir: Path, overwrite: bool) -> None:
+    """Make `out_dir` ready for a new run: nothing but an earlier run's own files is removed."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    old = [*out_dir.glob("*.pt"), *out_dir.glob("train/events.*"), *out_dir.glob("val/events.*")]
+    if old and not overwrite:
+        raise UserError(
+            f"{out_dir} holds a run already: go on with it (--resume), replace it (--overwrite), "
+            "or choose another --out-dir"
+        )
+    for path in old:
+        path.unlink()
+    (out_dir / "last.pt.tmp").touch()  # fail now, not after the first epoch
+    (out_dir / "last.pt.tmp").unlink()
+
+
+def prepare(settings, model_name: str, model_config: dict):
+    """Load the data and build the model; print what is going to happen, in one line.
+
+    Returns (model, train_batches, val_batches or None, card).
+
+    Raises:
+        UserError: no such device, no data, or a model that cannot be built.
+    """
+    device = choose_device(settings.device)
+    amp_dtype = choose_amp(settings.amp, device)
+    data = load_data(settings.dataset, settings.data_dir, val_fraction=settings.val_fraction)
+    if settings.batch_size > len(data.train):
+        raise UserError(
+            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images"
+        )
+    torch.manual_seed(settings.seed)
+    model_config = {"classes": len(data.classes), **model_config}
+    try:
+        model = build_model(model_name, model_config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model = model.to(device, memory_format=torch.channels_last)
+    print(
+        f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
+        f"{len(data.test):,} test images of {len(data.classes)} classes; {model_name} of "
+        f"{count_parameters(model):,} parameters; {settings.epochs} epochs, batch "
+        f"{settings.batch_size}, on {device.type}, "
+        f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
+        + (f"; {data.note}" if data.note else "")
+    )
+    train_batches, val_batches = make_batches(data, settings, device)
+    return model, train_batches, val_batches, describe_run(
+        data, settings, model_name, model_config
+    )
+
+
+def make_batches(data: Data, settings, device) -> tuple[Batches, Batches | None]:
+    """Augmented training batches and, if there is a validation split, its plain ones."""
+    common = {"mean": data.mean, "std": data.std, "device": device}
+    train_batches = Batches(
+        data.train, settings.batch_size, train=True,
+        flip=settings.flip, shift=settings.shift, erase=settings.erase, **common,
+    )  # fmt: skip
+    val_batches = Batches(data.val, 500, **common) if len(data.val) else None
+    return train_batches, val_batches
+
+
+def describe_run(data: Data, settings, model_name: str, model_config: dict) -> dict:
+    """The part of a checkpoint that is known before training starts, in plain types."""
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    return plain(
+        {
+            "model_name": model_name,
+            "model_config": model_config,
+            "settings": vars(settings),
+            "classes": data.classes,
+            "mean": data.mean,
+            "std": data.std,
+            "dataset": {
+                "name": data.name,
+                "data_dir": settings.data_dir,
+                "image_size": 32,
+                "val_fraction": settings.val_fraction,
+            },
+            "versions": versions,
+        }
+    )
+
+
+def finish(state: dict, settings) -> None:
+    """Say how it ended, and what to run next."""
+    out_dir, best = settings.out_dir, state["best"]
+    accuracy = best["val_accuracy"]
+    if accuracy is not None:
+        print(f"best validation accuracy {accuracy:.2%} after epoch {best['epoch']}")
+    print("next:")
+    for script in ("evaluate.py", "explain.py"):
+        print(f"  python {script} {out_dir / 'best.pt'}")
+    print(f"  tensorboard --logdir {out_dir}")
