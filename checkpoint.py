@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cli import Parser, UserError, command, run
+from data import Data, load_data
 from models import build_model
 
 KEYS = (
@@ -89,13 +90,52 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     return model.to(device).eval(), checkpoint
 
 
+def load_models(paths: list[Path], device: torch.device) -> dict[str, tuple[nn.Module, dict]]:
+    """`load_model` for each path, by a short name: the run's folder, or the file's own name."""
+    names = [p.parent.name if p.stem in ("best", "last") else p.stem for p in paths]
+    if "" in names or len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return {name: load_model(path, device) for name, path in zip(names, paths, strict=True)}
+
+
+def load_data_of(
+    models: dict[str, tuple[nn.Module, dict]], dataset: str | None, data_dir: Path | None
+) -> Data:
+    """The data set that the models were trained on, unless `dataset` or `data_dir` says another.
+
+    Raises:
+        UserError: the models were trained on different data, or know other classes than it has.
+    """
+    cards = {name: checkpoint["dataset"] for name, (_, checkpoint) in models.items()}
+    first = next(iter(cards.values()))
+    for key, typed in (("name", dataset), ("data_dir", data_dir), ("val_fraction", None)):
+        if typed is None and any(card[key] != first[key] for card in cards.values()):
+            said = ", ".join(f"{name}: {card[key]}" for name, card in cards.items())
+            raise UserError(f"the checkpoints differ in {key} of their data ({said}): give "
+                            "--dataset and --data-dir, or take one at a time")  # fmt: skip
+    data = load_data(
+        dataset or first["name"],
+        data_dir or first["data_dir"],
+        image_size=first["image_size"],
+        val_fraction=first["val_fraction"],
+    )
+    for name, (_, checkpoint) in models.items():
+        differing = set(checkpoint["classes"]) ^ set(data.classes)
+        if differing:
+            raise UserError(
+                f"{name} knows {len(checkpoint['classes'])} classes, the data set has "
+                f"{len(data.classes)}; they differ in: {', '.join(sorted(differing)[:8])}"
+            )
+    return data
+
+
 def plain(value):
     """`value` in plain types only: paths become strings, tuples lists, namespaces dicts."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | str) else value  # TorchVersion is a str
 
 
 @command

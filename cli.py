@@ -67,7 +67,11 @@ def number(kind, low, high=float("inf"), *, above: bool = False):
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (low < value if above else low <= value) or not value <= high or value == float("inf"):
+        if (
+            not (low < value if above else low <= value)
+            or not value <= high
+            or value == float("inf")
+        ):
             words = f"above {low}" if above else f"of at least {low}"
             words += f" and at most {high}" if high < float("inf") else ""
             noun = "a whole number" if kind is int else "a number"
@@ -109,7 +113,11 @@ def add_device_flag(parser: argparse._ActionsContainer) -> None:
 
 def choose_device(name: str) -> torch.device:
     """The device that `--device name` asks for; raises UserError if this machine lacks it."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, there in found.items() if there)
     if not found[name]:

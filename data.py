@@ -23,9 +23,8 @@ from tqdm import tqdm
 from cli import UserError
 
 SPLIT_SEED = 0  # never --seed: runs with several seeds share their validation and test images
-CIFAR10_CLASSES = (
-    "airplane automobile bird cat deer dog frog horse ship truck".split()
-)  # the official order
+# In the official order.
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 # Over all pixels of the 50,000 training images. (The often copied std .2023 .1994 .2010 is the
 # mean of the images' own stds, which is something else.)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -109,9 +108,7 @@ def load_data(
     if val_fraction:
         train, val = _split(labels, train, val_fraction, "--val-fraction")
     splits = [Split(images, labels, indices) for indices in (train, val, test)]
-    mean, std = (
-        (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else channel_statistics(splits[0])
-    )
+    mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else channel_statistics(splits[0])
     return Data(name, *splits, list(classes), mean, std, note)
 
 
@@ -208,7 +205,7 @@ def _scan(root: Path, part: str):
 
 
 def _cached_images(root: Path, paths: list[str], size: int, stamps: list[str]) -> torch.Tensor:
-    """The decoded images, memory-mapped; the cache's name tells of which files, so none is stale."""
+    """The decoded images, memory-mapped; the cache's name changes with the files, so none is stale."""
     digest = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
     cache = root / f".cache-{size}-{digest}.npy"
     if not cache.exists():

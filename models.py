@@ -149,6 +149,20 @@ class Block(nn.Module):
         return (x, attention, tokens) if return_intermediates else x
 
 
+def sine_positions(grid: int, dim: int) -> torch.Tensor:
+    """Where each token is, as sines and cosines of its row and column: (1, 1 + grid², dim).
+
+    A quarter of the width each for sin(y f), cos(y f), sin(x f), cos(x f), with frequencies f
+    from 1 down to 1 / 10,000 (Vaswani et al. 2017, sec. 3.5; in two dimensions Beyer et al. 2022,
+    arXiv 2205.01580). The class token, which is nowhere, has zeros.
+    """
+    f = 10_000 ** (-torch.arange(dim // 4) / (dim // 4))
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    y, x = y.flatten()[:, None] * f, x.flatten()[:, None] * f  # (P, dim / 4)
+    patches = torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=1)
+    return torch.cat([torch.zeros(1, dim), patches])[None]
+
+
 class ViT(nn.Module):
     """A Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929, eq. 1 to 4).
 
@@ -183,12 +197,12 @@ class ViT(nn.Module):
             raise ValueError(
                 f"patches of {patch_size} pixels do not divide an image of {image_size} pixels"
             )
-        if min(classes, dim, depth) < 1:
-            raise ValueError("classes, dim and depth must be at least 1")
+        if min(classes, depth) < 1 or dim < 4 or dim % 4:
+            raise ValueError("classes and depth must be at least 1, dim a multiple of 4")
         self.grid = image_size // patch_size  # P = grid × grid
         self.patchify = nn.Conv2d(3, dim, patch_size, stride=patch_size)  # a linear map per patch
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        self.positions = nn.Parameter(sine_positions(self.grid, dim))  # learned from there on
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -196,7 +210,6 @@ class ViT(nn.Module):
         self._initialise()
 
     def _initialise(self):
-        nn.init.trunc_normal_(self.positions, std=0.02)
         nn.init.trunc_normal_(self.class_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):

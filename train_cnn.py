@@ -2,7 +2,7 @@
 
     python train_cnn.py --dataset digits                       1 minute on two CPU cores
     python train_cnn.py                                        CIFAR-10, downloaded on first use
-    python train_cnn.py --dataset folder --data-dir photos     photos/train/<class>/*, photos/test/...
+    python train_cnn.py --dataset folder --data-dir photos     photos/train/<class>/*, photos/test
 
 Prints a row per epoch; writes checkpoints and TensorBoard curves to --out-dir.
 """
@@ -10,7 +10,8 @@ Prints a row per epoch; writes checkpoints and TensorBoard curves to --out-dir.
 import torch
 
 from cli import command, number, run
-from training import finish, parameter_groups, parse_settings, prepare, recipe_parser, train
+from recipe import finish, parse_settings, prepare, recipe_parser
+from training import parameter_groups, train
 
 RECIPE = {
     "epochs": 10,
@@ -29,6 +30,13 @@ RECIPE = {
     "depths": [1, 2],
 }
 DIGITS = {"epochs": 10, "batch_size": 32, "lr": 0.05, "flip": False, "ema_decay": 0.98}
+MODEL_SETTINGS = "stem widths depths".split()  # passed on to the model
+
+
+def make_optimizer(model, settings) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with Nesterov's momentum."""
+    groups = parameter_groups(model, settings.weight_decay)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
 
 
 @command
@@ -43,12 +51,8 @@ def main(argv=None):
     parser.set_defaults(**RECIPE)
     settings, resumed = parse_settings(parser, argv, "cnn", DIGITS)
 
-    config = {"stem": settings.stem, "widths": settings.widths, "depths": settings.depths}
-    model, train_batches, val_batches, card = prepare(settings, "cnn", config)
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, settings.weight_decay),
-        lr=settings.lr, momentum=0.9, nesterov=True, fused=True,
-    )  # fmt: skip
+    model, train_batches, val_batches, card = prepare(settings, "cnn", MODEL_SETTINGS)
+    optimizer = make_optimizer(model, settings)
     state = train(
         model, optimizer, train_batches, val_batches, settings=settings, card=card, resumed=resumed
     )

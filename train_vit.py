@@ -2,7 +2,7 @@
 
     python train_vit.py --dataset digits                       4 minutes on two CPU cores
     python train_vit.py                                        CIFAR-10, downloaded on first use
-    python train_vit.py --dataset folder --data-dir photos     photos/train/<class>/*, photos/test/...
+    python train_vit.py --dataset folder --data-dir photos     photos/train/<class>/*, photos/test
 
 Prints a row per epoch; writes checkpoints and TensorBoard curves to --out-dir.
 """
@@ -10,7 +10,8 @@ Prints a row per epoch; writes checkpoints and TensorBoard curves to --out-dir.
 import torch
 
 from cli import command, number, run
-from training import finish, parameter_groups, parse_settings, prepare, recipe_parser, train
+from recipe import finish, parse_settings, prepare, recipe_parser
+from training import parameter_groups, train
 
 RECIPE = {
     "epochs": 14,
@@ -32,6 +33,13 @@ RECIPE = {
     "dropout": 0.0,
 }
 DIGITS = {"epochs": 30, "batch_size": 64, "flip": False, "patch_size": 8, "ema_decay": 0.98}
+MODEL_SETTINGS = "patch_size dim depth heads mlp_ratio dropout".split()  # passed on to the model
+
+
+def make_optimizer(model, settings) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+    groups = parameter_groups(model, settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
 @command
@@ -49,19 +57,8 @@ def main(argv=None):
     parser.set_defaults(**RECIPE)
     settings, resumed = parse_settings(parser, argv, "vit", DIGITS)
 
-    config = {
-        "image_size": 32,
-        "patch_size": settings.patch_size,
-        "dim": settings.dim,
-        "depth": settings.depth,
-        "heads": settings.heads,
-        "mlp_ratio": settings.mlp_ratio,
-        "dropout": settings.dropout,
-    }
-    model, train_batches, val_batches, card = prepare(settings, "vit", config)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=True
-    )
+    model, train_batches, val_batches, card = prepare(settings, "vit", MODEL_SETTINGS)
+    optimizer = make_optimizer(model, settings)
     state = train(
         model, optimizer, train_batches, val_batches, settings=settings, card=card, resumed=resumed
     )

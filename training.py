@@ -3,7 +3,6 @@
 `train_cnn.py` and `train_vit.py` each make a model, an optimizer and batches, and call `train`.
 """
 
-import argparse
 import copy
 import itertools
 import time
@@ -12,15 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, plain, save_checkpoint
-from cli import Parser, UserError, add_data_flags, add_device_flag, choose_device, number
-from data import Batches, Data, load_data
-from models import build_model, count_parameters
+from checkpoint import save_checkpoint
+from cli import UserError
 
 
 def train(model, optimizer, train_batches, val_batches, *, settings, card, resumed=None) -> dict:
@@ -31,8 +27,8 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         optimizer: over the model's parameters; the learning rate of its groups is set here.
         train_batches: any iterable with a length that gives an epoch of `(images, labels)`.
         val_batches: the same for validation, or None.
-        settings: what the command line said (see `recipe_parser`).
-        card: what a checkpoint says of the run beside its tensors (see `describe_run`).
+        settings: what the command line said (see `recipe.py`).
+        card: what a checkpoint says of the run beside its tensors (see `recipe.py`).
         resumed: the checkpoint to go on from, or None.
 
     Raises:
@@ -85,9 +81,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             # 3. Forward, in half precision where that is faster (autocast picks where it is safe).
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 logits = model(images)
-            loss = F.cross_entropy(
-                logits.float(), labels, label_smoothing=settings.label_smoothing
-            )
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
 
             # 4. Backward. The scaler keeps small float16 gradients from becoming 0; gradients are
             #    unscaled before they are clipped. When it is disabled, its calls do nothing.
@@ -180,7 +174,7 @@ def lr_at(step: int, total_steps: int, warmup: float, peak: float) -> float:
 
 @torch.no_grad()
 def update_average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema <- d ema + (1 - d) model, for weights and batch-norm statistics alike.
+    """Ema <- d ema + (1 - d) model, for weights and batch-norm statistics alike.
 
     d = min(decay, (1 + step) / (10 + step)): young averages forget the random start faster.
     """
@@ -273,179 +267,3 @@ def log_row(row: dict, log_train: SummaryWriter, log_val: SummaryWriter) -> None
 def markdown_table(values: dict) -> str:
     """A dict as a table that TensorBoard renders."""
     return "\n".join(["|setting|value|", "|---|---|", *(f"|{k}|{v}|" for k, v in values.items())])
-
-
-# ---------------------------------------------------------------- the flags of both recipes
-
-
-def recipe_parser(manual: str) -> Parser:
-    """The flags that both recipes share; `parser.set_defaults(...)` in a recipe gives values."""
-    parser = Parser(manual)
-    add_data_flags(parser)
-    group = parser.add_argument_group("training")
-    add = group.add_argument
-    add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
-    add("--batch-size", type=number(int, 1), metavar="N", help="images in a step")
-    add("--lr", type=number(float, 0, above=True), metavar="X", help="highest learning rate")
-    add("--warmup", type=number(float, 0, 0.9), metavar="X",
-        help="share of the steps in which the learning rate goes up; then it goes down to 0")  # fmt: skip
-    add("--weight-decay", type=number(float, 0), metavar="X", help="on matrices and filters")
-    add("--label-smoothing", type=number(float, 0, 0.9), metavar="X", help="0: off")
-    add("--clip", type=number(float, 0), metavar="X", help="longest gradient allowed; 0: any")
-    add("--ema-decay", type=number(float, 0, 0.99999), metavar="X",
-        help="how slowly the averaged weights follow; 0: no average")  # fmt: skip
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
-    add("--shift", type=number(int, 0, 31), metavar="N", help="move images by up to N pixels")
-    add("--erase", type=number(int, 0, 32), metavar="N", help="blank a square of N pixels")
-    add("--seed", type=number(int, 0), default=0, metavar="N",
-        help="of weights, order, augmentation and dropout; the splits never depend on it")  # fmt: skip
-    add("--val-fraction", type=number(float, 0, 0.9), default=0.1, metavar="X",
-        help="share of the training images kept for validation; 0: all are trained on")  # fmt: skip
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add_device_flag(group)
-    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-        help="half precision; auto: on a CUDA GPU only")  # fmt: skip
-    add("--out-dir", type=Path, metavar="DIR",
-        help="where checkpoints and curves go (default: runs/<dataset>-<model>)")  # fmt: skip
-    add("--resume", action="store_true", help="go on from last.pt in the out-dir")
-    add("--overwrite", action="store_true", help="replace the run in the out-dir")
-    add("--limit-batches", type=number(int, 1), metavar="N",
-        help="at most N batches an epoch, to try something out")  # fmt: skip
-    return parser
-
-
-def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
-    """Read the command line; returns (settings, the checkpoint to resume from or None).
-
-    What is typed goes before `digits`, the values for that data set, and these before the
-    recipe's own. With --resume all settings come from the checkpoint.
-
-    Raises:
-        UserError: an occupied out-dir, nothing to resume, a flag that conflicts with the run.
-    """
-    defaults = vars(parser.parse_args([]))
-    untyped = object()
-    namespace = argparse.Namespace(**dict.fromkeys(defaults, untyped))
-    typed = {k: v for k, v in vars(parser.parse_args(argv, namespace)).items() if v is not untyped}
-    settings = defaults | (digits if typed.get("dataset") == "digits" else {}) | typed
-    if settings["out_dir"] is None:
-        settings["out_dir"] = Path("runs", f"{settings['dataset']}-{model_name}")
-    out_dir, resumed = Path(settings["out_dir"]), None
-
-    if settings["resume"]:
-        if not (out_dir / "last.pt").is_file():
-            raise UserError(f"--resume: there is no {out_dir / 'last.pt'} to go on from")
-        resumed = load_checkpoint(out_dir / "last.pt")
-        if resumed["model_name"] != model_name:
-            raise UserError(f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}")
-        saved = resumed["settings"]
-        free = {"device", "data_dir", "out_dir", "resume", "overwrite"}
-        for key in sorted(set(typed) - free):
-            if plain(typed[key]) != saved.get(key):
-                flag = "--" + key.replace("_", "-")
-                raise UserError(
-                    f"{flag} {typed[key]} conflicts with the run in {out_dir}, which has "
-                    f"{saved.get(key)}: leave it out, or start anew in another --out-dir"
-                )
-        settings = settings | saved | {k: typed[k] for k in free & set(typed)}
-        settings["out_dir"] = out_dir
-    else:
-        claim(out_dir, settings["overwrite"])
-    return argparse.Namespace(**settings), resumed
-
-
-def claim(out_dir: Path, overwrite: bool) -> None:
-    """Make `out_dir` ready for a new run: nothing but an earlier run's own files is removed."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    old = [*out_dir.glob("*.pt"), *out_dir.glob("train/events.*"), *out_dir.glob("val/events.*")]
-    if old and not overwrite:
-        raise UserError(
-            f"{out_dir} holds a run already: go on with it (--resume), replace it (--overwrite), "
-            "or choose another --out-dir"
-        )
-    for path in old:
-        path.unlink()
-    (out_dir / "last.pt.tmp").touch()  # fail now, not after the first epoch
-    (out_dir / "last.pt.tmp").unlink()
-
-
-def prepare(settings, model_name: str, model_config: dict):
-    """Load the data and build the model; print what is going to happen, in one line.
-
-    Returns (model, train_batches, val_batches or None, card).
-
-    Raises:
-        UserError: no such device, no data, or a model that cannot be built.
-    """
-    device = choose_device(settings.device)
-    amp_dtype = choose_amp(settings.amp, device)
-    data = load_data(settings.dataset, settings.data_dir, val_fraction=settings.val_fraction)
-    if settings.batch_size > len(data.train):
-        raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images"
-        )
-    torch.manual_seed(settings.seed)
-    model_config = {"classes": len(data.classes), **model_config}
-    try:
-        model = build_model(model_name, model_config)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    model = model.to(device, memory_format=torch.channels_last)
-    print(
-        f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
-        f"{len(data.test):,} test images of {len(data.classes)} classes; {model_name} of "
-        f"{count_parameters(model):,} parameters; {settings.epochs} epochs, batch "
-        f"{settings.batch_size}, on {device.type}, "
-        f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
-        + (f"; {data.note}" if data.note else "")
-    )
-    train_batches, val_batches = make_batches(data, settings, device)
-    return model, train_batches, val_batches, describe_run(
-        data, settings, model_name, model_config
-    )
-
-
-def make_batches(data: Data, settings, device) -> tuple[Batches, Batches | None]:
-    """Augmented training batches and, if there is a validation split, its plain ones."""
-    common = {"mean": data.mean, "std": data.std, "device": device}
-    train_batches = Batches(
-        data.train, settings.batch_size, train=True,
-        flip=settings.flip, shift=settings.shift, erase=settings.erase, **common,
-    )  # fmt: skip
-    val_batches = Batches(data.val, 500, **common) if len(data.val) else None
-    return train_batches, val_batches
-
-
-def describe_run(data: Data, settings, model_name: str, model_config: dict) -> dict:
-    """The part of a checkpoint that is known before training starts, in plain types."""
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    return plain(
-        {
-            "model_name": model_name,
-            "model_config": model_config,
-            "settings": vars(settings),
-            "classes": data.classes,
-            "mean": data.mean,
-            "std": data.std,
-            "dataset": {
-                "name": data.name,
-                "data_dir": settings.data_dir,
-                "image_size": 32,
-                "val_fraction": settings.val_fraction,
-            },
-            "versions": versions,
-        }
-    )
-
-
-def finish(state: dict, settings) -> None:
-    """Say how it ended, and what to run next."""
-    out_dir, best = settings.out_dir, state["best"]
-    accuracy = best["val_accuracy"]
-    if accuracy is not None:
-        print(f"best validation accuracy {accuracy:.2%} after epoch {best['epoch']}")
-    print("next:")
-    for script in ("evaluate.py", "explain.py"):
-        print(f"  python {script} {out_dir / 'best.pt'}")
-    print(f"  tensorboard --logdir {out_dir}")

@@ -1,0 +1,136 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+import evaluate
+import explain
+from cli import UserError
+from models import count_parameters
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+def damaged(kind, good, folder):
+    path = folder / "bad.pt"
+    content = bytearray(good.read_bytes())
+    if kind == "missing":
+        return path
+    if kind == "directory":
+        path.mkdir()
+        return path
+    if kind == "empty":
+        content = b""
+    elif kind == "truncated":
+        content = content[: len(content) // 2]
+    elif kind == "text":
+        content = b"accuracy: 83.1%\n"
+    elif kind == "bit flipped":
+        content[len(content) // 2] ^= 4
+    elif kind == "pickle":
+        content = pickle.dumps(RunsCode())
+    elif kind == "torch pickle":
+        torch.save({"model": RunsCode()}, path)
+        return path
+    elif kind == "other project's":
+        torch.save({"state_dict": {"w": torch.zeros(2)}}, path)
+        return path
+    elif kind == "tensor":
+        torch.save(torch.zeros(2), path)
+        return path
+    else:
+        state = checkpoint.load_checkpoint(good)
+        if kind == "other shapes":
+            state["model_config"]["widths"] = [8, 9]
+        elif kind == "lacks a tensor":
+            del state["model"]["head.bias"]
+        elif kind == "unknown model":
+            state["model_name"] = "rnn"
+        elif kind == "unknown argument":
+            state["model_config"]["colour"] = "red"
+        checkpoint.save_checkpoint(path, state)
+        return path
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("missing", "no such checkpoint"),
+        ("directory", "no such checkpoint"),
+        ("empty", "not a checkpoint"),
+        ("truncated", "not a checkpoint"),
+        ("text", "not a checkpoint"),
+        ("bit flipped", "damaged"),
+        ("pickle", "not a checkpoint"),
+        ("torch pickle", "more than tensors and plain types"),
+        ("other project's", "lacks 'best'"),
+        ("tensor", "not a checkpoint of this project"),
+        ("other shapes", "do not fit"),
+        ("lacks a tensor", "head.bias"),
+        ("unknown model", "unknown model 'rnn'"),
+        ("unknown argument", "colour"),
+    ],
+)
+@pytest.mark.parametrize("script", [evaluate, explain])
+def test_what_is_no_checkpoint_is_refused_in_one_line(
+    kind, says, script, trained, tmp_path, fails, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = damaged(kind, trained["cnn"], tmp_path)
+    line = fails(script.main, path)
+    assert says in line and str(path) in line
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_failed_save_leaves_the_old_file(trained, tmp_path, monkeypatch):
+    state = checkpoint.load_checkpoint(trained["cnn"])
+    path = tmp_path / "last.pt"
+    checkpoint.save_checkpoint(path, state)
+    before = path.read_bytes()
+
+    def no_space(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError):
+        checkpoint.save_checkpoint(path, state)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_published_weights_are_half_as_large_and_load_as_float32(trained, tmp_path):
+    target = tmp_path / "small.pt"
+    last = trained["vit"].with_name("last.pt")
+    checkpoint.main([str(last), str(target)])
+    whole, full = checkpoint.load_model(last)
+    half, small = checkpoint.load_model(target)
+    assert small["optimizer"] is None and small["history"] == full["history"]
+    assert target.stat().st_size < 2.5 * count_parameters(half) + 40_000
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(half(x), whole(x), atol=1e-2, rtol=1e-2)
+
+
+def test_load_model_prefers_averaged_weights(trained):
+    state = checkpoint.load_checkpoint(trained["cnn"].with_name("last.pt"))
+    model, _ = checkpoint.load_model(trained["cnn"].with_name("last.pt"))
+    assert torch.equal(model.head.weight, state["ema"]["head.weight"])
+    assert not torch.equal(model.head.weight, state["model"]["head.weight"])
+
+
+def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
+    state = checkpoint.load_checkpoint(trained["cnn"])
+    state["dataset"]["name"] = "cifar10"
+    other = tmp_path / "other.pt"
+    checkpoint.save_checkpoint(other, state)
+    models = checkpoint.load_models([trained["cnn"], other], torch.device("cpu"))
+    with pytest.raises(UserError, match="differ in name of their data"):
+        checkpoint.load_data_of(models, None, None)
+    with pytest.raises(UserError, match=r"10 classes, the data set has 2; .* bright, dark"):
+        checkpoint.load_data_of(models, "folder", photos)

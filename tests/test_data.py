@@ -1,0 +1,249 @@
+import hashlib
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import CIFAR10
+
+import data
+from cli import UserError
+from data import Batches, Split, load_data
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", "unused")
+
+
+def test_digits_have_the_real_pixels(digits):
+    from sklearn.datasets import load_digits
+
+    raw = load_digits().images
+    images, _ = digits.test.rows(slice(None))
+    assert images.dtype == torch.uint8 and images.shape == (360, 3, 32, 32)
+    small = torch.nn.functional.avg_pool2d(images[:, :1].double(), 4)[:, 0] * 16 / 255
+    nearest = [np.abs(raw - s.numpy()).mean((1, 2)).min() for s in small[:5]]
+    assert max(nearest) < 1.6  # bilinear enlargement blurs by less than two of 16 grey levels
+    assert digits.classes == list("0123456789")
+
+
+def test_splits_are_disjoint_stratified_and_complete(digits):
+    parts = [digits.train, digits.val, digits.test]
+    indices = torch.cat([part.indices for part in parts])
+    assert sorted(indices.tolist()) == list(range(1797))
+    shares = [torch.bincount(p.labels[p.indices], minlength=10) / len(p) for p in parts]
+    assert max((shares[0] - s).abs().max() for s in shares[1:]) < 0.01
+
+
+def test_splits_do_not_depend_on_the_seed(digits):
+    torch.manual_seed(99)
+    np.random.seed(99)
+    again = load_data("digits", "unused")
+    for part in ("train", "val", "test"):
+        assert torch.equal(getattr(digits, part).indices, getattr(again, part).indices)
+
+
+def test_no_validation_split_when_asked():
+    without = load_data("digits", "unused", val_fraction=0)
+    assert len(without.val) == 0 and len(without.train) == 1437
+
+
+def test_statistics_are_those_of_the_pixels(digits):
+    pixels = digits.train.rows(slice(None))[0].double().numpy() / 255
+    np.testing.assert_allclose(digits.mean, pixels.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(digits.std, pixels.std((0, 2, 3)), rtol=1e-6)
+
+
+@pytest.fixture
+def colours():
+    """64 images, each pixel different from its neighbours."""
+    images = torch.randint(256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(1))
+    return Split(images.to(torch.uint8), torch.arange(64), torch.arange(64))
+
+
+PLAIN = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+
+
+def test_plain_batches_equal_torchvisions_normalise(colours):
+    from torchvision.transforms.functional import normalize
+
+    images, labels = next(iter(Batches(colours, 48, **PLAIN)))
+    expected = normalize(colours.images[:48].float() / 255, *PLAIN.values())
+    torch.testing.assert_close(images, expected)
+    assert labels.tolist() == list(range(48))
+    assert [len(y) for _, y in Batches(colours, 48, **PLAIN)] == [48, 16]
+
+
+def test_every_image_is_a_flipped_shifted_copy_each_its_own(colours):
+    """Against numpy.pad(mode="reflect") and slicing, for all that flip and shift can do."""
+    out = data.flip_and_shift(colours.images, torch.Generator().manual_seed(0), flip=True, shift=2)
+    seen = set()
+    for image, moved in zip(colours.images.numpy(), out.numpy(), strict=True):
+        padded = np.pad(image, ((0, 0), (2, 2), (2, 2)), mode="reflect")
+        found = [
+            (dy, dx, flip)
+            for dy in range(5)
+            for dx in range(5)
+            for flip in (False, True)
+            if np.array_equal(
+                moved, padded[:, dy : dy + 32, dx : dx + 32][:, :, :: -1 if flip else 1]
+            )
+        ]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) > 25  # of 50 ways, 64 images
+    assert {s[2] for s in seen} == {False, True}
+
+
+def test_erasing_blanks_one_square_wherever(colours):
+    images = data.normalise(colours.images, torch.zeros(3, 1, 1), torch.ones(3, 1, 1)) + 1
+    out = data.erase_square(images, torch.Generator().manual_seed(0), 8)
+    blank = (out == 0).all(1)
+    assert (blank.sum((1, 2)) == 64).all()
+    assert torch.equal(out[~blank[:, None].expand_as(out)], images[~blank[:, None].expand_as(out)])
+    assert len({tuple(b.nonzero()[0].tolist()) for b in blank}) > 40
+
+
+def epoch_of(batches, seed):
+    torch.manual_seed(seed)
+    pairs = []
+    for x, y in batches:
+        torch.rand(3)  # somebody else draws: dropout
+        pairs.append((x, y))
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def test_training_batches_depend_on_the_seed_alone(colours):
+    batches = Batches(colours, 16, **PLAIN, train=True, flip=True, shift=4, erase=8)
+    (x1, y1), (x2, y2), (_, y3) = (epoch_of(batches, s) for s in (1, 1, 2))
+    assert torch.equal(x1, x2) and torch.equal(y1, y2)
+    assert not torch.equal(y1, y3)
+    assert sorted(y1.tolist()) == sorted(y3.tolist()) == list(range(64))
+    torch.manual_seed(1)
+    x4, _ = next(iter(batches))  # nobody else draws: the same batch
+    assert torch.equal(x4, x1[:16])
+
+
+def test_validation_is_left_alone_by_augmentation(colours):
+    batches = Batches(colours, 64, **PLAIN, train=False, flip=True, shift=4, erase=8)
+    plain, _ = next(iter(Batches(colours, 64, **PLAIN)))
+    for seed in (1, 2):
+        x, y = epoch_of(batches, seed)
+        assert torch.equal(x, plain) and y.tolist() == list(range(64))
+
+
+def test_incomplete_training_batch_is_left_out(colours):
+    assert [len(y) for _, y in Batches(colours, 60, **PLAIN, train=True)] == [60]
+
+
+def test_same_shape_as_a_dataloader(colours):
+    loader = DataLoader(TensorDataset(colours.images.float(), colours.labels), batch_size=48)
+    for (x, y), (x2, y2) in zip(loader, Batches(colours, 48, **PLAIN), strict=True):
+        assert x.shape == x2.shape and x.dtype == x2.dtype
+        assert y.dtype == y2.dtype and torch.equal(y, y2)
+
+
+# ---------------------------------------------------------------- CIFAR-10
+
+
+def make_archive(folder, monkeypatch):
+    """A cifar-10-python.tar.gz in the official format, with 20 + 10 images; checksums patched."""
+    rng, root = np.random.default_rng(0), folder / "made" / CIFAR10.base_folder
+    root.mkdir(parents=True)
+    rows = {}
+
+    def put(name, content):
+        (root / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((root / name).read_bytes()).hexdigest()]
+
+    def batch(name, n):
+        pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        labels = [i % 10 for i in range(n)]
+        rows[name] = pixels
+        return put(name, {"data": pixels, "labels": labels})
+
+    train = [batch(f"data_batch_{i}", 20) for i in range(1, 6)]
+    test = [batch("test_batch", 10)]
+    meta = put("batches.meta", {"label_names": list(data.CIFAR10_CLASSES)})
+    archive = folder / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(root, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", test)
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "filename": meta[0], "md5": meta[1]})
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return rows
+
+
+def test_official_cifar10_archive_is_read(tmp_path, monkeypatch):
+    rows = make_archive(tmp_path, monkeypatch)
+    cifar = load_data("cifar10", tmp_path)
+    assert [len(s) for s in (cifar.train, cifar.val, cifar.test)] == [90, 10, 10]
+    assert cifar.classes[3] == "cat" and cifar.mean == (0.4914, 0.4822, 0.4465)
+    images, labels = cifar.test.rows(slice(None))
+    expected = rows["test_batch"].reshape(-1, 3, 32, 32)  # red, green, blue planes, row by row
+    assert np.array_equal(images.numpy(), expected) and labels.tolist() == list(range(10))
+    assert np.array_equal(
+        cifar.train.images[20:40].numpy(), rows["data_batch_2"].reshape(-1, 3, 32, 32)
+    )
+
+
+def test_damaged_cifar10_archive_is_refused(tmp_path, monkeypatch):
+    make_archive(tmp_path, monkeypatch)
+    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere")
+    (tmp_path / CIFAR10.filename).write_bytes(b"half of it")
+    with pytest.raises(UserError, match="cannot get CIFAR-10"):
+        load_data("cifar10", tmp_path)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_folder_is_decoded_cropped_and_counted(photos):
+    folder = load_data("folder", photos)
+    assert folder.classes == ["bright", "dark"]
+    assert [len(s) for s in (folder.train, folder.val, folder.test)] == [21, 3, 8]
+    assert "1 file" in folder.note
+    with Image.open(photos / "test" / "dark" / "02.png") as image:  # 48 × 40
+        expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=(4, 0, 44, 40))
+    images, labels = folder.test.rows(slice(None))
+    assert np.array_equal(images[6].permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_cache_is_used_and_a_changed_folder_invalidates_it(photos, monkeypatch):
+    before = load_data("folder", photos)
+    assert len(list(photos.glob(".cache-32-*.npy"))) == 1
+    calls = []
+    real = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda *a: calls.append(a) or real(*a))
+    again = load_data("folder", photos)
+    assert not calls and torch.equal(before.train.images, again.train.images)
+    Image.new("RGB", (32, 32), "red").save(photos / "test" / "dark" / "00.png")
+    changed = load_data("folder", photos)
+    assert len(calls) == 32 and len(list(photos.glob(".cache-32-*.npy"))) == 1
+    assert changed.test.rows([4])[0].flatten(2)[0, :, 0].tolist() == [255, 0, 0]
+
+
+def test_unreadable_image_is_named_and_leaves_no_cache(tmp_path):
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(10):
+                Image.new("RGB", (8, 8)).save(tmp_path / part / name / f"{i}.png")
+    (tmp_path / "train" / "b" / "7.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"train/b/7.png: not an image"):
+        load_data("folder", tmp_path)
+    assert not list(tmp_path.glob(".cache*"))
+
+
+def test_folder_whose_splits_differ_is_refused(tmp_path):
+    for path in ("train/a", "train/b", "test/a", "test/c"):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path / "0.png")
+    with pytest.raises(UserError, match=r"class 'c', which .* lacks"):
+        load_data("folder", tmp_path)

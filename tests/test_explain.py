@@ -1,0 +1,215 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import explain
+from checkpoint import load_model
+from models import CNN, ViT
+
+
+@pytest.fixture
+def cnn():
+    torch.manual_seed(0)
+    model = CNN(stem=8, widths=(16, 24), depths=(1, 1))
+    for module in model.modules():  # statistics other than 0 and 1
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    return ViT(dim=24, depth=3, heads=3).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+TARGETS = torch.tensor([0, 3, 9, 1, 1, 7])
+
+
+def test_grad_cam_equals_captums(cnn, images):
+    attr = pytest.importorskip("captum.attr")
+    theirs = attr.LayerGradCam(cnn, cnn.stages[-1]).attribute(
+        images, target=TARGETS, relu_attributions=True
+    )
+    ours = explain.grad_cam(cnn, images, TARGETS)
+    assert ours.max() > 1e-3
+    torch.testing.assert_close(ours, theirs[:, 0], rtol=1e-5, atol=1e-7)
+
+
+def test_grad_cam_equals_pytorch_grad_cams(cnn, images):
+    cam = pytest.importorskip("pytorch_grad_cam")
+    targets = [cam.utils.model_targets.ClassifierOutputTarget(t.item()) for t in TARGETS]
+    theirs = cam.GradCAM(cnn, [cnn.stages[-1]])(images, targets)
+    ours = explain.grad_cam(cnn, images, TARGETS)
+    for heat, expected in zip(ours, theirs, strict=True):
+        if heat.max() > 0:
+            small = torch.tensor(explain.scaled(heat))[None, None]
+            big = torch.nn.functional.interpolate(small, 32, mode="bilinear")[0, 0]
+            np.testing.assert_allclose(explain.scaled(big), expected, atol=1e-4)
+
+
+def test_vit_grad_cam_equals_captums(vit, images):
+    attr = pytest.importorskip("captum.attr")
+    theirs = attr.LayerGradCam(vit, vit.blocks[-1].norm1).attribute(images, target=TARGETS)
+    del theirs  # averages over tokens of all kinds: only gradient times activation can compare
+    raw = attr.LayerGradientXActivation(vit, vit.blocks[-1].norm1).attribute(images, target=TARGETS)
+    _, found = vit.forward_features(images, return_intermediates=True)
+    gradient = explain.patch_grid(raw / found["tokens"])
+    A = explain.patch_grid(found["tokens"])
+    expected = (gradient.mean((2, 3), keepdim=True) * A).sum(1).relu()
+    ours = explain.grad_cam(vit, images, TARGETS)
+    assert ours.max() > 0
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_grad_cam_equals_the_closed_form_class_map(cnn, images):
+    """A map, its average, a linear layer: dz_c/dA is W_c / (h w), so the sum is W_c . A / (h w)."""
+    A = cnn.forward_features(images)
+    closed = torch.einsum("bk,bkhw->bhw", cnn.head.weight[TARGETS], A).relu() / 64
+    torch.testing.assert_close(explain.grad_cam(cnn, images, TARGETS), closed, rtol=1e-5, atol=1e-7)
+
+
+def test_last_blocks_output_would_give_the_vit_no_gradient(vit, images):
+    """The trap that `tokens` avoids: after the last attention patches no longer matter."""
+    x, found = vit.forward_features(images, return_intermediates=True)
+    score = vit.forward_head(x).gather(1, TARGETS[:, None]).sum()
+    after, before = torch.autograd.grad(score, [x, found["tokens"]])
+    assert (after[:, 1:] == 0).all() and (before[:, 1:] != 0).any()
+
+
+@pytest.mark.parametrize("method", ["grad-cam", "attention", "rollout"])
+def test_batch_equals_single_images_and_leaves_the_model_alone(vit, images, method):
+    state = torch.get_rng_state()
+    maps = explain.METHODS[method](vit, images, TARGETS)
+    assert maps.shape == (6, 8, 8) and not maps.requires_grad
+    for i in range(6):
+        one = explain.METHODS[method](vit, images[i : i + 1], TARGETS[i : i + 1])
+        torch.testing.assert_close(maps[i], one[0], rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None and p.requires_grad for p in vit.parameters())
+    assert not vit.training and torch.equal(state, torch.get_rng_state())
+    with torch.no_grad():
+        assert torch.equal(explain.METHODS[method](vit, images, TARGETS), maps)
+
+
+def random_attention(L, N=17):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(2, 3, N, N, generator=generator).softmax(-1) for _ in range(L)]
+
+
+def test_rollout_rows_sum_to_one_and_equal_numpys_product():
+    attentions = random_attention(4)
+    R = explain.rollout(attentions)
+    torch.testing.assert_close(R.sum(-1), torch.ones(2, 17), rtol=1e-5, atol=1e-5)
+    for b in range(2):
+        expected = np.linalg.multi_dot(
+            [(a[b].double().mean(0).numpy() + np.eye(17)) / 2 for a in reversed(attentions)]
+        )
+        np.testing.assert_allclose(R[b], expected, atol=1e-6)
+
+
+def test_attention_maps_are_the_class_tokens_rows_in_reading_order(vit, images):
+    _, found = vit.forward_features(images, return_intermediates=True)
+    maps = explain.attention_maps(vit, images)
+    assert maps.shape == (6, 3, 3, 8, 8)
+    for y, x in ((0, 0), (0, 7), (5, 2)):
+        expected = found["attention"][1][:, 2, 0, 1 + 8 * y + x]
+        torch.testing.assert_close(maps[:, 1, 2, y, x], expected)
+
+
+def test_a_map_lies_where_its_pixels_are():
+    """A toy CNN that sees nothing but brightness: the map's peak is where the bright patch is."""
+    model = CNN(stem=1, widths=(1, 1), depths=(0, 0)).eval()
+    with torch.no_grad():
+        for p in (model.stem.weight, model.stages[0].conv.weight, model.stages[1].conv.weight):
+            p.zero_()[:, :, 1, 1] = 1
+        model.head.weight.fill_(1)
+    images = torch.zeros(1, 3, 32, 32)
+    images[:, :, 20:24, 4:8] = 1
+    heat = explain.grad_cam(model, images, torch.tensor([0]))[0]
+    assert divmod(heat.argmax().item(), 8) == (5, 1)
+    picture = explain.overlay(np.zeros((320, 320, 3), dtype=np.uint8), heat)
+    assert picture[220, 60, 0] > picture[60, 220, 0]  # red where it is hot, blue elsewhere
+    assert picture[60, 220, 2] > picture[60, 220, 0]
+
+
+def test_constant_map_is_scaled_to_zero():
+    assert explain.scaled(torch.full((2, 2), 3.0)).tolist() == [[0, 0], [0, 0]]
+
+
+# ---------------------------------------------------------------- the script
+
+
+def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
+    argv = [*trained.values(), "--count", 3, "--target", "predicted", "true", "7", "--save-maps"]
+    explain.main([*map(str, argv), "--out-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.count("digits-cnn: ") == out.count("digits-vit: ") == 3
+    figure = tmp_path / "digits-cnn+digits-vit_explanations-any.png"
+    assert Image.open(figure).width > 1500
+    assert {p.name for p in tmp_path.glob("*attention*")} == {
+        "digits-vit_attention-layers.png",
+        "digits-vit_attention-heads.png",
+    }
+    maps = np.load(tmp_path / "digits-cnn+digits-vit_maps-any.npz")
+    assert maps["labels"].shape == maps["indices"].shape == (3,)
+    assert maps["predictions"].shape == (2, 3)
+
+    from data import load_data
+
+    images, labels = load_data("digits", ".").test.rows(torch.tensor(maps["indices"]))
+    assert labels.tolist() == maps["labels"].tolist()
+    model, checkpoint = load_model(trained["cnn"])
+    x = explain.prepare_images(images, checkpoint, "cpu")
+    assert model(x).argmax(1).tolist() == maps["predictions"][0].tolist()
+    seven = explain.grad_cam(model, x, torch.full((3,), 7))
+    np.testing.assert_allclose(maps["digits-cnn_grad-cam_7"], seven, rtol=1e-5)
+    assert maps["digits-vit_rollout"].shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("show", ["correct", "wrong"])
+def test_show_chooses_by_what_the_models_say(trained, tmp_path, show):
+    argv = [trained["vit"], "--show", show, "--count", 5, "--save-maps", "--method", "grad-cam"]
+    explain.main([*map(str, argv), "--out-dir", str(tmp_path)])
+    maps = np.load(tmp_path / f"digits-vit_maps-{show}.npz")
+    assert len(maps["labels"]) == 5
+    assert (maps["labels"] == maps["predictions"][0]).all() == (show == "correct")
+    assert (maps["labels"] != maps["predictions"][0]).all() == (show == "wrong")
+
+
+def test_users_own_images(trained, photos, tmp_path, capsys):
+    grey = tmp_path / "grey photo.png"
+    Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).save(grey)
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no picture")
+    argv = [*trained.values(), "--images", grey, bad, photos / "test" / "dark" / "03.png"]
+    out_dir = tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        explain.main([*map(str, argv), "--out-dir", str(out_dir)])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and err.count("error: ") == 1 and "bad.jpg" in err
+    assert "grey photo.png  digits-cnn: " in out and "03.png  digits-vit: " in out
+    assert Image.open(out_dir / "grey photo_digits-cnn_grad-cam_predicted.png").size == (200, 200)
+    assert (out_dir / "digits-cnn+digits-vit_explanations-images.png").exists()
+    assert (out_dir / "03_digits-vit_rollout.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--target", "dog"], "--target dog: the classes are 0, 1"),
+        (["--images", "no-such.jpg"], "no-such.jpg"),
+        (["--images", "README.md", "--target", "true"], "README.md"),
+        (["--count", "0"], "--count"),
+        (["--method", "rollout"], "--method rollout: digits-cnn is a CNN"),
+        (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere"),
+    ],
+)
+def test_bad_flags(trained, tmp_path, fails, argv, says):
+    assert says in fails(explain.main, trained["cnn"], "--out-dir", tmp_path / "x", *argv)

@@ -1,0 +1,159 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import CNN, Attention, ViT, build_model, count_parameters
+from train_cnn import RECIPE as CNN_RECIPE
+from train_vit import RECIPE as VIT_RECIPE
+
+
+def recipe_model(name):
+    recipe = CNN_RECIPE if name == "cnn" else VIT_RECIPE
+    keys = ("stem", "widths", "depths") if name == "cnn" else (
+        "patch_size", "dim", "depth", "heads", "mlp_ratio", "dropout")  # fmt: skip
+    torch.manual_seed(0)
+    return build_model(name, {key: recipe[key] for key in keys})
+
+
+@pytest.fixture(params=["cnn", "vit"])
+def model(request):
+    return recipe_model(request.param)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_budgets():
+    assert count_parameters(recipe_model("cnn")) <= 559_178
+    assert count_parameters(recipe_model("vit")) <= 2_700_000
+
+
+def test_batch_gives_what_single_images_give_and_images_differ(model, images):
+    model.eval()
+    logits = model(images)
+    assert logits.shape == (4, 10)
+    for i in range(4):
+        torch.testing.assert_close(logits[i], model(images[i : i + 1])[0], atol=1e-5, rtol=1e-5)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+def test_first_loss_is_that_of_guessing(model, images):
+    loss = F.cross_entropy(model.train()(images.repeat(8, 1, 1, 1)), torch.arange(32) % 10)
+    assert abs(loss.item() - math.log(10)) < 0.5
+
+
+def test_overfits_one_batch(model, images):
+    labels = torch.tensor([3, 1, 4, 1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(20):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_every_parameter_gets_a_gradient(model, images):
+    model(images).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_forward_is_head_of_features_with_or_without_intermediates(model, images):
+    model.eval()
+    features, _ = model.forward_features(images, return_intermediates=True)
+    torch.testing.assert_close(features, model.forward_features(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.forward_head(features), model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_cnns_last_map_is_8_by_8(images):
+    model = recipe_model("cnn")
+    x, outputs = model.forward_features(images, return_intermediates=True)
+    assert x.shape[2:] == (8, 8) and outputs[-1] is x
+    assert [tuple(o.shape[2:]) for o in outputs] == [(16, 16), (8, 8)]
+
+
+def test_vits_intermediates(images):
+    model = recipe_model("vit").eval()
+    x, found = model.forward_features(images, return_intermediates=True)
+    assert x.shape == (4, 65, 192) and found["tokens"].shape == x.shape
+    assert len(found["attention"]) == len(model.blocks)
+    for attention in found["attention"]:
+        assert attention.shape == (4, VIT_RECIPE["heads"], 65, 65)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(4, VIT_RECIPE["heads"], 65))
+    score = model.forward_head(x)[:, 0].sum()
+    gradients = torch.autograd.grad(score, [*found["attention"], found["tokens"]])
+    assert all(g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.fixture
+def attention_and_tokens():
+    torch.manual_seed(0)
+    attention, tokens = Attention(48, 4), torch.randn(2, 17, 48)
+    nn.init.normal_(attention.qkv.weight, std=0.3)  # far from uniform attention
+    return attention, tokens
+
+
+def test_both_paths_of_attention_agree(attention_and_tokens):
+    attention, tokens = attention_and_tokens
+    written_out, matrix = attention(tokens, return_attention=True)
+    assert matrix.max() > 0.5
+    torch.testing.assert_close(written_out, attention(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_equals_multiheadattention(attention_and_tokens):
+    ours, tokens = attention_and_tokens
+    theirs = nn.MultiheadAttention(48, 4, batch_first=True)
+    theirs.in_proj_weight.data = ours.qkv.weight.data
+    theirs.in_proj_bias.data = ours.qkv.bias.data
+    theirs.out_proj.load_state_dict(ours.project.state_dict())
+    expected, weights = theirs(tokens, tokens, tokens, average_attn_weights=False)
+    out, matrix = ours(tokens, return_attention=True)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(matrix, weights, atol=1e-5, rtol=1e-5)
+
+
+def test_vit_equals_torchvisions_with_copied_weights(images):
+    from torchvision.models import VisionTransformer
+
+    ours = recipe_model("vit").eval()
+    r = VIT_RECIPE
+    theirs = VisionTransformer(
+        32, r["patch_size"], r["depth"], r["heads"], r["dim"], int(r["dim"] * r["mlp_ratio"]),
+        num_classes=10, norm_layer=nn.LayerNorm,
+    ).eval()  # fmt: skip
+    theirs.conv_proj.load_state_dict(ours.patchify.state_dict())
+    theirs.class_token.data = ours.class_token.data
+    theirs.encoder.pos_embedding.data = ours.positions.data
+    theirs.encoder.ln.load_state_dict(ours.norm.state_dict())
+    theirs.heads.head.load_state_dict(ours.head.state_dict())
+    for a, b in zip(ours.blocks, theirs.encoder.layers, strict=True):
+        b.ln_1.load_state_dict(a.norm1.state_dict())
+        b.ln_2.load_state_dict(a.norm2.state_dict())
+        b.self_attention.in_proj_weight.data = a.attention.qkv.weight.data
+        b.self_attention.in_proj_bias.data = a.attention.qkv.bias.data
+        b.self_attention.out_proj.load_state_dict(a.attention.project.state_dict())
+        b.mlp[0].load_state_dict(a.mlp[0].state_dict())
+        b.mlp[3].load_state_dict(a.mlp[2].state_dict())
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ViT(patch_size=5), "do not divide an image of 32"),
+        (lambda: ViT(patch_size=64), "do not divide an image of 32"),
+        (lambda: ViT(dim=100, heads=3), "3 heads do not divide a width of 100"),
+        (lambda: ViT(depth=0), "at least 1"),
+        (lambda: CNN(widths=(8, 8), depths=(1,)), "same stages"),
+        (lambda: CNN(widths=(0, 8), depths=(1, 1)), "at least 1"),
+        (lambda: build_model("rnn", {}), "unknown model 'rnn'"),
+    ],
+)
+def test_impossible_combinations_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

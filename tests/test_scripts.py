@@ -1,0 +1,40 @@
+"""Each script once, as a user runs it, on digits, one after the other."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY_CNN, TINY_VIT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("user")
+
+
+def run(folder, script, *argv):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, argv)],
+        cwd=folder, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("train_cnn.py", TINY_CNN), ("train_vit.py", TINY_VIT)]
+)
+def test_training(folder, script, flags):
+    out = run(folder, script, "--dataset", "digits", "--epochs", 2, "--limit-batches", 3, *flags)
+    model = script[6:9]
+    head = out.splitlines()[0]
+    assert head.startswith(f"digits: 1,293 training, 144 validation, 360 test images; {model} of")
+    assert f"python evaluate.py runs/digits-{model}/best.pt" in out
+    assert (folder / "runs" / f"digits-{model}" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "explain.py"])
+def test_using(folder, script):
+    out = run(folder, script, "runs/digits-cnn/best.pt", "runs/digits-vit/best.pt")
+    assert "digits-cnn" in out and "digits-vit" in out and "written to runs/" in out

@@ -1,0 +1,305 @@
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_CNN, TINY_VIT
+from torch.utils.data import DataLoader, TensorDataset
+
+import cli
+import train_cnn
+import train_vit
+import training
+from checkpoint import load_checkpoint, load_model
+from models import CNN, ViT
+from training import choose_amp, epoch_seed, lr_at, update_average
+
+FAST = ["--dataset", "digits", "--device", "cpu", "--limit-batches", "5"]
+CARD = "model_name model_config settings classes mean std dataset versions".split()
+
+
+def test_lr_at_its_corners():
+    rates = [lr_at(step, 100, 0.1, 0.5) for step in range(100)]
+    assert rates[0] == pytest.approx(0.05) and rates[9] == rates[10] == 0.5 == max(rates)
+    assert rates[55] == pytest.approx(0.25) and rates[99] == pytest.approx(0.5 / 90)
+    assert lr_at(100, 100, 0.1, 0.5) == 0
+    assert lr_at(0, 100, 0, 0.5) == 0.5  # no warm-up
+    assert lr_at(0, 1, 0.1, 0.5) == 0.5  # one step in all
+
+
+def test_epoch_seeds_differ():
+    assert len({epoch_seed(s, e) for s in range(20) for e in range(20)}) == 400
+
+
+def test_average_follows_a_constant_exactly_and_a_change_by_one_minus_d():
+    model = torch.nn.BatchNorm1d(2)
+    ema = torch.nn.BatchNorm1d(2)
+    with torch.no_grad():
+        model.weight.fill_(3)
+        ema.weight.fill_(1)
+        model.running_mean.fill_(5)
+    update_average(ema, model, step=10_000, decay=0.9)
+    assert ema.weight.tolist() == pytest.approx([1.2, 1.2])
+    assert ema.running_mean.tolist() == pytest.approx([0.5, 0.5])
+    update_average(ema, model, step=0, decay=0.9)  # (1 + 0) / (10 + 0) is less than .9
+    assert ema.weight.tolist() == pytest.approx([0.12 + 2.7] * 2)
+
+
+def test_amp_chosen():
+    cpu = torch.device("cpu")
+    assert choose_amp("auto", cpu) is None and choose_amp("off", cpu) is None
+    assert choose_amp("bf16", cpu) is torch.bfloat16
+    with pytest.raises(cli.UserError, match="--amp fp16"):
+        choose_amp("fp16", cpu)
+
+
+def test_decay_spares_norms_biases_and_positions():
+    model = ViT(dim=16, depth=1, heads=2, patch_size=8)
+    decayed, free = training.parameter_groups(model, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "patchify.weight", "head.weight", "blocks.0.attention.qkv.weight",
+        "blocks.0.attention.project.weight", "blocks.0.mlp.0.weight", "blocks.0.mlp.2.weight",
+    }  # fmt: skip
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+
+def history_but_times(checkpoint):
+    times = ("seconds", "images_per_second")
+    return [{k: v for k, v in row.items() if k not in times} for row in checkpoint["history"]]
+
+
+@pytest.mark.parametrize(
+    ("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, [*TINY_VIT, "--dropout", "0.1"])]
+)
+def test_killed_and_resumed_is_the_run_that_was_never_killed(tmp_path, monkeypatch, script, tiny):
+    argv = [*FAST, *tiny, "--epochs", "3", "--erase", "4"]
+    script.main([*argv, "--out-dir", str(tmp_path / "whole")])
+
+    real, calls = training.table_row, []
+
+    def killed_in_the_second_epoch(row):
+        calls.append(row)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(row)
+
+    monkeypatch.setattr(training, "table_row", killed_in_the_second_epoch)
+    with pytest.raises(SystemExit) as end:
+        script.main([*argv, "--out-dir", str(tmp_path / "parts")])
+    assert end.value.code == 130
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "parts" / "last.pt")["epoch"] == 1
+    torch.manual_seed(12345)  # the state of the generator must not matter
+    script.main(["--resume", "--out-dir", str(tmp_path / "parts"), "--device", "cpu"])
+
+    whole, parts = (load_checkpoint(tmp_path / d / "last.pt") for d in ("whole", "parts"))
+    assert parts["epoch"] == 3 and parts["step"] == 15 and parts["best"] == whole["best"]
+    assert history_but_times(whole) == history_but_times(parts)
+    for key in ("model", "ema"):
+        for name, tensor in whole[key].items():
+            assert torch.equal(tensor, parts[key][name]), (key, name)
+    for a, b in zip(*(c["optimizer"]["state"].values() for c in (whole, parts)), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
+
+
+def test_checkpoints_rebuild_their_model_and_say_what_they_saw(trained):
+    for name, path in trained.items():
+        best, last = load_checkpoint(path), load_checkpoint(path.with_name("last.pt"))
+        assert best["model_name"] == name and best["classes"] == list("0123456789")
+        assert best["dataset"]["name"] == "digits" and best["ema"] is best["optimizer"] is None
+        assert last["optimizer"] is not None and len(last["history"]) == last["epoch"] == 2
+        json.dumps({k: last[k] for k in ("history", "settings", "best", "versions")})
+        model, _ = load_model(path)
+        assert not model.training
+        x = torch.randn(2, 3, 32, 32)
+        model2 = type(model)(**best["model_config"]).eval()
+        model2.load_state_dict(best["model"])
+        assert torch.equal(model(x), model2(x))
+
+
+def test_first_validation_scores_the_averaged_weights(trained):
+    """The row of the best epoch, measured again from best.pt alone."""
+    from data import Batches, load_data
+
+    for path in trained.values():
+        model, c = load_model(path)
+        batches = Batches(load_data("digits", ".").val, 64, mean=c["mean"], std=c["std"])
+        right = sum((model(x).argmax(1) == y).sum().item() for x, y in batches)
+        assert right / 144 == pytest.approx(c["best"]["val_accuracy"])
+
+
+def test_other_seed_other_run_same_seed_same_run(tmp_path):
+    rows = []
+    for i, seed in enumerate(("0", "0", "1")):
+        argv = [*FAST, *TINY_CNN, "--epochs", "1", "--seed", seed, "--out-dir", tmp_path / str(i)]
+        train_cnn.main(list(map(str, argv)))
+        rows.append(history_but_times(load_checkpoint(tmp_path / str(i) / "last.pt")))
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_without_validation_best_is_the_last_epoch(tmp_path):
+    argv = [*FAST, *TINY_CNN, "--epochs", "2", "--val-fraction", "0", "--out-dir", str(tmp_path)]
+    train_cnn.main(argv)
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert best["epoch"] == 2 and best["history"][-1]["val_accuracy"] is None
+
+
+def test_a_dataloader_swaps_in_and_is_seeded_by_the_loop(tmp_path):
+    images, labels = torch.randn(96, 3, 32, 32), torch.arange(96) % 10
+    loader = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
+    recipe = {**train_cnn.RECIPE, "epochs": 2, "amp": "off", "seed": 0, "limit_batches": None}
+    card = dict.fromkeys(CARD)
+    histories = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        torch.manual_seed(1)
+        model = CNN(stem=4, widths=(8, 8), depths=(0, 0))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        settings = SimpleNamespace(**recipe, out_dir=folder)
+        state = training.train(model, optimizer, loader, loader, settings=settings, card=card)
+        assert state["step"] == 6
+        histories.append(history_but_times(state))
+        torch.rand(7)  # what was drawn before does not matter
+    assert histories[0] == histories[1]
+
+
+def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv = [*FAST, *TINY_CNN, "--epochs", "3", "--out-dir", str(tmp_path)]
+    real, calls = training.save_checkpoint, []
+
+    def killed_before_the_second_save(path, checkpoint):
+        calls.append(path)
+        if checkpoint["epoch"] == 2:
+            raise KeyboardInterrupt
+        real(path, checkpoint)
+
+    monkeypatch.setattr(training, "save_checkpoint", killed_before_the_second_save)
+    with pytest.raises(SystemExit):
+        train_cnn.main(argv)
+    monkeypatch.undo()
+    train_cnn.main(["--resume", "--out-dir", str(tmp_path)])
+    history = load_checkpoint(tmp_path / "last.pt")["history"]
+    for part in ("train", "val"):
+        events = EventAccumulator(str(tmp_path / part)).Reload()
+        for tag in ("loss", "accuracy"):
+            points = events.Scalars(tag)
+            assert [p.step for p in points] == [5, 10, 15]
+            assert [p.value for p in points] == pytest.approx([r[f"{part}_{tag}"] for r in history])
+    train_events = EventAccumulator(str(tmp_path / "train")).Reload()
+    tags = train_events.Tags()
+    assert {"learning rate", "gradient norm", "images per second"} <= set(tags["scalars"])
+    assert any("settings" in tag for tag in tags["tensors"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path, fails):
+    argv = [*FAST, *TINY_CNN, "--out-dir", tmp_path, "--lr", "1e30"]
+    assert "--lr 1e+30" in fails(train_cnn.main, *argv)
+
+
+def test_finished_run_says_so(trained, capsys):
+    before = trained["cnn"].with_name("last.pt").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        train_cnn.main(["--resume", "--out-dir", str(trained["cnn"].parent)])
+    assert end.value.code == 0
+    assert "finished" in capsys.readouterr().out
+    assert trained["cnn"].with_name("last.pt").read_bytes() == before
+
+
+def test_overwrite_removes_a_runs_own_files_only(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("notes.txt", "train/cat.png"):
+        (tmp_path / name).write_text("mine")
+    argv = [*FAST, *TINY_CNN, "--epochs", "1", "--out-dir", str(tmp_path)]
+    train_cnn.main(argv)
+    train_cnn.main([*argv, "--overwrite"])
+    assert (tmp_path / "notes.txt").exists() and (tmp_path / "train" / "cat.png").exists()
+    assert len(list(tmp_path.glob("train/events*"))) == 1
+
+
+def test_rows_are_as_wide_as_their_head():
+    row = {
+        "epoch": 3, "step": 12345, "train_loss": 2.3, "train_accuracy": 1.0, "val_loss": None,
+        "val_accuracy": None, "lr": 0.1, "grad_norm": math.pi, "images_per_second": 123456.0,
+        "seconds": 12345.6,
+    }  # fmt: skip
+    assert len(training.table_row(row)) == len(training.TABLE_HEAD)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--epochs", "0"], "--epochs"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--batch-size", "99999"], "--batch-size 99999 is more than the 1293"),
+        (["--dataset", "imagenet"], "--dataset"),
+        (["--patch-size", "5"], "patches of 5 pixels do not divide an image of 32"),
+        (["--heads", "7"], "7 heads do not divide a width of 16"),
+        (["--nonsense"], "--nonsense"),
+        (["--amp", "fp16"], "--amp fp16"),
+        (["--resume"], "--resume: there is no"),
+        (["--dataset", "folder", "--data-dir", "no/such/place"], "--data-dir no/such/place"),
+        (["--val-fraction", "0.001"], "--val-fraction 0.001"),
+    ],
+)
+def test_bad_flags(tmp_path, fails, argv, says):
+    line = fails(train_vit.main, *FAST, *TINY_VIT, "--out-dir", tmp_path / "run", *argv)
+    assert says in line
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_here(tmp_path, fails):
+    line = fails(train_cnn.main, "--dataset", "digits", "--device", "cuda", "--out-dir", tmp_path)
+    assert "--device cuda" in line
+
+
+def test_empty_data_dir(tmp_path, fails):
+    argv = ["--dataset", "folder", "--data-dir", tmp_path, "--out-dir", tmp_path / "run"]
+    assert str(tmp_path) in fails(train_cnn.main, *argv)
+
+
+def test_no_network(tmp_path, fails, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "https://localhost:1/cifar-10-python.tar.gz")
+    line = fails(train_cnn.main, "--data-dir", tmp_path / "d", "--out-dir", tmp_path / "run")
+    assert "cannot get CIFAR-10" in line and "--dataset digits" in line
+
+
+def test_occupied_out_dir(trained, fails):
+    before = trained["cnn"].read_bytes()
+    line = fails(train_cnn.main, "--dataset", "digits", "--out-dir", trained["cnn"].parent)
+    assert "--resume" in line and "--overwrite" in line
+    assert trained["cnn"].read_bytes() == before
+
+
+def test_out_dir_that_cannot_be_written(tmp_path, fails):
+    (tmp_path / "file").write_text("")
+    line = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in line
+
+
+def test_resume_conflicts_are_named(trained, fails):
+    out_dir = trained["cnn"].parent
+    line = fails(train_cnn.main, "--resume", "--out-dir", out_dir, "--lr", "0.7")
+    assert "--lr 0.7 conflicts" in line
+    assert "is a cnn" in fails(train_vit.main, "--resume", "--out-dir", out_dir)
+
+
+def test_signals(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    cli.run(lambda: None)
+    with pytest.raises(SystemExit) as end:
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert end.value.code == 143
