@@ -120,13 +120,19 @@ def load_data_of(
         val_fraction=first["val_fraction"],
     )
     for name, (_, checkpoint) in models.items():
-        differing = set(checkpoint["classes"]) ^ set(data.classes)
-        if differing:
+        known, there = set(checkpoint["classes"]), set(data.classes)
+        if known != there:
             raise UserError(
-                f"{name} knows {len(checkpoint['classes'])} classes, the data set has "
-                f"{len(data.classes)}; they differ in: {', '.join(sorted(differing)[:8])}"
+                f"{name} knows {len(known)} classes, the data set has {len(there)}; only "
+                f"{name} has {some(known - there)}; only the data set has {some(there - known)}"
             )
     return data
+
+
+def some(names: set[str]) -> str:
+    """A few of the names, for a message."""
+    shown = sorted(names)[:4]
+    return ", ".join(shown) + (", ..." if len(names) > 4 else "") or "none"
 
 
 def plain(value):

@@ -205,7 +205,7 @@ def _scan(root: Path, part: str):
 
 
 def _cached_images(root: Path, paths: list[str], size: int, stamps: list[str]) -> torch.Tensor:
-    """The decoded images, memory-mapped; the cache's name changes with the files, so none is stale."""
+    """The decoded images, memory-mapped; the cache's name changes with the files."""
     digest = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
     cache = root / f".cache-{size}-{digest}.npy"
     if not cache.exists():

@@ -137,7 +137,7 @@ def plot_examples(split: Split, classes: list[str]) -> Figure:
     for label, (axes, name) in enumerate(zip(panels, classes, strict=False)):
         where = (labels == label).nonzero()[:1, 0]
         if len(where):
-            axes.imshow(split.rows(where)[0][0].permute(1, 2, 0), interpolation="nearest")
+            axes.imshow(split.rows(where)[0][0].permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(name, fontsize=11)
     return figure
 
@@ -149,7 +149,7 @@ def plot_counts(data: Data) -> Figure:
     place = np.arange(len(data.classes))
     for i, part in enumerate(("train", "val", "test")):
         split = getattr(data, part)
-        counts = torch.bincount(split.labels[split.indices], minlength=len(data.classes))
+        counts = torch.bincount(split.labels[split.indices], minlength=len(data.classes)).numpy()
         bars = axes.bar(place + (i - 1) * 0.28, counts, 0.28, label=f"{part}: {len(split):,}")
         axes.bar_label(bars, fontsize=7, rotation=90 if len(data.classes) > 5 else 0, padding=2)
     axes.set_xticks(place, data.classes, rotation=45, ha="right", rotation_mode="anchor")

@@ -77,9 +77,6 @@ def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
         if resumed["model_name"] != model_name:
             raise UserError(f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}")
         saved = resumed["settings"]
-        if resumed["epoch"] >= saved["epochs"]:
-            print(f"{out_dir} is finished: {resumed['epoch']} of {saved['epochs']} epochs are done")
-            sys.exit(0)
         free = {"device", "data_dir", "out_dir", "resume", "overwrite"}
         for key in sorted(set(typed) - free):
             if plain(typed[key]) != saved.get(key):
@@ -88,6 +85,9 @@ def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
                     f"{flag} {typed[key]} conflicts with the run in {out_dir}, which has "
                     f"{saved.get(key)}: leave it out, or start anew in another --out-dir"
                 )
+        if resumed["epoch"] >= saved["epochs"]:
+            print(f"{out_dir} is finished: {resumed['epoch']} of {saved['epochs']} epochs are done")
+            sys.exit(0)
         settings = settings | saved | {k: typed[k] for k in free & set(typed)}
         settings["out_dir"] = out_dir
     else:

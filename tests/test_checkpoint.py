@@ -132,5 +132,7 @@ def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
     models = checkpoint.load_models([trained["cnn"], other], torch.device("cpu"))
     with pytest.raises(UserError, match="differ in name of their data"):
         checkpoint.load_data_of(models, None, None)
-    with pytest.raises(UserError, match=r"10 classes, the data set has 2; .* bright, dark"):
+    with pytest.raises(
+        UserError, match=r"10 classes, the data set has 2; .* only the data set has bright, dark"
+    ):
         checkpoint.load_data_of(models, "folder", photos)
