@@ -14,7 +14,7 @@ from recipe import finish, parse_settings, prepare, recipe_parser
 from training import parameter_groups, train
 
 RECIPE = {
-    "epochs": 14,
+    "epochs": 15,
     "batch_size": 128,
     "lr": 1e-3,
     "warmup": 0.1,
