@@ -26,10 +26,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the docstring and adds the defaults (a default of None is no default)."""
+    """Keeps the lines of the docstring, and adds the defaults where there is one to tell."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        untold = action.default is None or action.default is False
+        return action.help if untold else super()._get_help_string(action)
 
 
 def command(main):

@@ -73,6 +73,13 @@ def measure(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
 # ---------------------------------------------------------------- figures
 
 
+def tilted(names: list[str]) -> dict:
+    """How to write names below an axis: long ones slanting."""
+    if max(map(len, names)) <= 3:
+        return {}
+    return {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+
+
 def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
     """A panel per model: each cell says how many images, and what share of its true class."""
     C = len(classes)
@@ -84,7 +91,7 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
         counts = np.array(scores["confusion_matrix"])
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(C), classes, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_xticks(range(C), classes, **tilted(classes))
         axes.set_yticks(range(C), classes)
         axes.set(xlabel="predicted", ylabel="true")
         axes.set_title(f"{name}: {scores['accuracy']:.2%} of {scores['images']:,} images right")
@@ -152,7 +159,7 @@ def plot_counts(data: Data) -> Figure:
         counts = torch.bincount(split.labels[split.indices], minlength=len(data.classes)).numpy()
         bars = axes.bar(place + (i - 1) * 0.28, counts, 0.28, label=f"{part}: {len(split):,}")
         axes.bar_label(bars, fontsize=7, rotation=90 if len(data.classes) > 5 else 0, padding=2)
-    axes.set_xticks(place, data.classes, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xticks(place, data.classes, **tilted(data.classes))
     axes.set_ylabel("images")
     axes.margins(y=0.15)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=3, frameon=False)

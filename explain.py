@@ -40,6 +40,7 @@ from models import ViT
 
 LARGEST_SIDE = 2048  # pixels of an overlay on a user's photograph
 COLORS = matplotlib.colormaps["turbo"]
+SCALE = "Each map has its own scale, from its lowest value (dark blue) to its highest (dark red)."
 
 
 # ---------------------------------------------------------------- methods: images -> maps
@@ -136,12 +137,11 @@ def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: lis
     A column is a dict: `header`, `maps` (B, h, w), `titles` and `colors`, one per image.
     """
     rows, cols = len(pictures), 1 + 2 * len(columns)
-    figure = Figure(figsize=(1.75 * cols, 2.05 * rows + 0.5))
+    height = 2.05 * rows + 0.8  # inches
+    figure = Figure(figsize=(1.75 * cols, height))
+    figure.text(0.5, 0.1 / height, SCALE, ha="center", fontsize=10)
     grid = figure.subplots(rows, cols, squeeze=False)
-    figure.subplots_adjust(
-        left=0.01, right=0.99, bottom=0.02 / rows, wspace=0.06, hspace=0.2,
-        top=1 - 0.85 / (2.05 * rows + 0.5),
-    )  # fmt: skip
+    figure.subplots_adjust(0.01, 0.35 / height, 0.99, 1 - 0.85 / height, wspace=0.06, hspace=0.2)
     for axes in grid.ravel():
         axes.set_axis_off()
     for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
@@ -168,6 +168,7 @@ def plot_attention_layers(pictures, names, attention: torch.Tensor, title: str) 
     B, L = attention.shape[:2]
     figure = Figure(figsize=(1.6 * (L + 1), 1.8 * B + 0.5), layout="constrained")
     figure.suptitle(title, weight="bold", fontsize=11)
+    figure.supxlabel(SCALE, fontsize=9)
     grid = figure.subplots(B, L + 1, squeeze=False)
     for i in range(B):
         grid[i, 0].imshow(pictures[i], interpolation="nearest")
@@ -185,11 +186,14 @@ def plot_attention_heads(picture, name: str, attention: torch.Tensor, title: str
     L, heads = attention.shape[:2]
     figure = Figure(figsize=(1.5 * (heads + 2), 1.6 * L + 0.7), layout="constrained")
     figure.suptitle(title, weight="bold", fontsize=11)
+    figure.supxlabel(SCALE, fontsize=9)
     grid = figure.subplots(L, heads + 2, squeeze=False)
     grid[0, 0].imshow(picture, interpolation="nearest")
     grid[0, 0].set_title(name, fontsize=10)
     for l in range(L):
-        grid[l, 0].text(1.0, 0.5, f"layer {l + 1}" if l else "", ha="right", va="center")
+        left = grid[l, 1]
+        left.text(-0.06, 0.5, f"layer {l + 1}", transform=left.transAxes, rotation=90,
+                  ha="right", va="center", fontsize=10)  # fmt: skip
         for head in range(heads):
             grid[l, 1 + head].imshow(scaled(attention[l, head]), cmap=COLORS)
         grid[l, 1 + heads].imshow(scaled(attention[l].mean(0)), cmap=COLORS)
@@ -344,7 +348,7 @@ def main(argv=None):
                     for g, y in zip(goals, labels, strict=True)
                 ]
                 what = TITLES[method]
-                what += f" ({target})" if target else ""
+                what += f" ({target})" if target else " (class-agnostic)"
                 columns.append(
                     {"header": f"{name}\n{what}", "maps": maps, "titles": titles, "colors": colors}
                 )

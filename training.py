@@ -100,16 +100,17 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             # 6. Sums stay on the device: reading one here would stop the GPU at every step.
             loss_sum += loss.detach() * len(labels)
             correct += (logits.argmax(1) == labels).sum()
-            norm_sum += norm
+            norm_sum += norm.nan_to_num(posinf=0)  # infinite where float16 skips the step
             seen += len(labels)
 
         train_loss, train_accuracy = loss_sum.item() / seen, correct.item() / seen
         epoch_seconds = time.perf_counter() - started  # after .item(): the GPU has finished
         seconds += epoch_seconds
         if not np.isfinite(train_loss):
+            kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""
             raise UserError(
-                f"the loss is {train_loss} after step {step} with --lr {settings.lr:g}: start "
-                f"again with a smaller one; the last good epoch is kept in {out_dir}"
+                f"the loss is {train_loss} in epoch {epoch} (step {step}) with --lr "
+                f"{settings.lr:g}: start again with a smaller one{kept}"
             )
 
         # 7. Validate, with the averaged weights. These images choose best.pt, never the test set.

@@ -55,10 +55,8 @@ def test_grad_cam_equals_pytorch_grad_cams(cnn, images):
             np.testing.assert_allclose(explain.scaled(big), expected, atol=1e-4)
 
 
-def test_vit_grad_cam_equals_captums(vit, images):
+def test_vit_grad_cam_has_the_gradients_that_captum_finds(vit, images):
     attr = pytest.importorskip("captum.attr")
-    theirs = attr.LayerGradCam(vit, vit.blocks[-1].norm1).attribute(images, target=TARGETS)
-    del theirs  # averages over tokens of all kinds: only gradient times activation can compare
     raw = attr.LayerGradientXActivation(vit, vit.blocks[-1].norm1).attribute(images, target=TARGETS)
     _, found = vit.forward_features(images, return_intermediates=True)
     gradient = explain.patch_grid(raw / found["tokens"])
