@@ -50,6 +50,7 @@ class CNN(nn.Module):
 
     Args:
         classes: number of classes C.
+        image_size: side of the square image in pixels.
         stem: channels of the first convolution, at full resolution.
         widths: channels of each stage; two stages make an 8×8 map of a 32×32 image.
         depths: residual blocks of each stage.
@@ -62,15 +63,20 @@ class CNN(nn.Module):
         self,
         *,
         classes: int = 10,
-        stem: int = 32,
-        widths: tuple[int, ...] = (64, 128),
-        depths: tuple[int, ...] = (1, 1),
+        image_size: int = 32,
+        stem: int = 16,
+        widths: tuple[int, ...] = (48, 112),
+        depths: tuple[int, ...] = (1, 2),
     ):
         super().__init__()
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"widths {widths} and depths {depths} must name the same stages")
         if min(classes, stem, *widths) < 1 or min(depths) < 0:
             raise ValueError("classes, stem and widths must be at least 1, depths at least 0")
+        if image_size < 2 ** (len(widths) + 1):
+            raise ValueError(
+                f"{len(widths)} stages leave no map of an image of {image_size} pixels"
+            )
         self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(stem)
         ins = (stem, *widths[:-1])
@@ -197,8 +203,8 @@ class ViT(nn.Module):
             raise ValueError(
                 f"patches of {patch_size} pixels do not divide an image of {image_size} pixels"
             )
-        if min(classes, depth) < 1 or dim < 4 or dim % 4:
-            raise ValueError("classes and depth must be at least 1, dim a multiple of 4")
+        if min(classes, depth, dim * mlp_ratio) < 1 or dim < 4 or dim % 4:
+            raise ValueError("classes, depth and MLPs must be at least 1, dim a multiple of 4")
         self.grid = image_size // patch_size  # P = grid × grid
         self.patchify = nn.Conv2d(3, dim, patch_size, stride=patch_size)  # a linear map per patch
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))

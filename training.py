@@ -193,7 +193,8 @@ def validate(model, batches, settings, amp_dtype=None) -> tuple[float | None, fl
     model.eval()
     device = next(model.parameters()).device
     loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for images, labels in itertools.islice(batches, settings.limit_batches):
+    batches = itertools.islice(batches, settings.limit_batches)
+    for images, labels in tqdm(batches, "validation", leave=False, disable=None):
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             logits = model(images).float()
