@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from cli import Parser, UserError, command, run
-from data import Data, load_data
 from models import build_model
 
 KEYS = (
@@ -90,49 +89,13 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     return model.to(device).eval(), checkpoint
 
 
-def load_models(paths: list[Path], device: torch.device) -> dict[str, tuple[nn.Module, dict]]:
+def load_models(paths: list[str], device: torch.device) -> dict[str, tuple[nn.Module, dict]]:
     """`load_model` for each path, by a short name: the run's folder, or the file's own name."""
-    names = [p.parent.name if p.stem in ("best", "last") else p.stem for p in paths]
+    files = [Path(path) for path in paths]
+    names = [file.parent.name if file.stem in ("best", "last") else file.stem for file in files]
     if "" in names or len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+        names = paths
     return {name: load_model(path, device) for name, path in zip(names, paths, strict=True)}
-
-
-def load_data_of(
-    models: dict[str, tuple[nn.Module, dict]], dataset: str | None, data_dir: Path | None
-) -> Data:
-    """The data set that the models were trained on, unless `dataset` or `data_dir` says another.
-
-    Raises:
-        UserError: the models were trained on different data, or know other classes than it has.
-    """
-    cards = {name: checkpoint["dataset"] for name, (_, checkpoint) in models.items()}
-    first = next(iter(cards.values()))
-    for key, typed in (("name", dataset), ("data_dir", data_dir), ("val_fraction", None)):
-        if typed is None and any(card[key] != first[key] for card in cards.values()):
-            said = ", ".join(f"{name}: {card[key]}" for name, card in cards.items())
-            raise UserError(f"the checkpoints differ in {key} of their data ({said}): give "
-                            "--dataset and --data-dir, or take one at a time")  # fmt: skip
-    data = load_data(
-        dataset or first["name"],
-        data_dir or first["data_dir"],
-        image_size=first["image_size"],
-        val_fraction=first["val_fraction"],
-    )
-    for name, (_, checkpoint) in models.items():
-        known, there = set(checkpoint["classes"]), set(data.classes)
-        if known != there:
-            raise UserError(
-                f"{name} knows {len(known)} classes, the data set has {len(there)}; only "
-                f"{name} has {some(known - there)}; only the data set has {some(there - known)}"
-            )
-    return data
-
-
-def some(names: set[str]) -> str:
-    """A few of the names, for a message."""
-    shown = sorted(names)[:4]
-    return ", ".join(shown) + (", ..." if len(names) > 4 else "") or "none"
 
 
 def plain(value):
@@ -151,6 +114,8 @@ def main(argv=None):
     parser.add_argument("target", type=Path, help="the file to write")
     args = parser.parse_args(argv)
     checkpoint = load_checkpoint(args.source)
+    if args.target.exists():
+        raise UserError(f"{args.target} exists already: remove it first, or choose another name")
     weights = checkpoint["ema"] or checkpoint["model"]
     checkpoint |= {
         "model": {

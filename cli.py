@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import signal
 import sys
 from pathlib import Path
@@ -47,8 +48,11 @@ def command(main):
             name = f"{error.filename}: " if error.filename else ""
             print(f"error: {name}{error.strerror or error}", file=sys.stderr)
             sys.exit(2)
+        except torch.OutOfMemoryError:
+            print("error: the GPU's memory is full: use a smaller --batch-size", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
-            print("\ninterrupted; a training goes on with --resume", file=sys.stderr)
+            print("interrupted", file=sys.stderr)
             sys.exit(130)
 
     return wrapper
@@ -60,23 +64,20 @@ def run(main) -> None:
     main()
 
 
-def number(kind, low, high=float("inf"), *, above: bool = False):
+def number(kind, low, high=None, *, above: bool = False):
     """An argparse type: a finite `kind` from `low` to `high` (`above`: `low` itself is refused)."""
+    words = f"{'a whole number' if kind is int else 'a number'} "
+    words += f"above {low}" if above else f"of at least {low}"
+    words += "" if high is None else f" and at most {high}"
 
     def parse(text: str):
         try:
             value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if (
-            not (low < value if above else low <= value)
-            or not value <= high
-            or value == float("inf")
-        ):
-            words = f"above {low}" if above else f"of at least {low}"
-            words += f" and at most {high}" if high < float("inf") else ""
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {words}")
+            fits = math.isfinite(value) and (value > low if above else value >= low)
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
         return value
 
     return parse

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10
@@ -112,6 +112,48 @@ def load_data(
     return Data(name, *splits, list(classes), mean, std, note)
 
 
+def load_data_of(
+    checkpoints: dict[str, dict], name: str | None, data_dir: Path | None, split: str = "test"
+) -> Data:
+    """The data set that named checkpoints were trained on, unless `name` or `data_dir` differ.
+
+    There is a validation split for `split="val"`, and wherever it is the checkpoints' own.
+
+    Raises:
+        UserError: the checkpoints were trained on different data, or know other classes than it
+            has.
+    """
+    cards = {label: checkpoint["dataset"] for label, checkpoint in checkpoints.items()}
+    first = next(iter(cards.values()))
+    unknown = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
+    for key in [*unknown, "image_size"] + ["val_fraction"] * (split == "val"):
+        if any(card[key] != first[key] for card in cards.values()):
+            said = ", ".join(f"{label}: {card[key]}" for label, card in cards.items())
+            cure = "give --dataset and --data-dir" if key in unknown else "take one at a time"
+            raise UserError(f"the checkpoints differ in {key} ({said}): {cure}")
+    own = len(unknown) == 2
+    data = load_data(
+        name or first["name"],
+        data_dir or first["data_dir"],
+        image_size=first["image_size"],
+        val_fraction=first["val_fraction"] if own or split == "val" else 0,
+    )
+    for label, checkpoint in checkpoints.items():
+        known, there = set(checkpoint["classes"]), set(data.classes)
+        if known != there:
+            raise UserError(
+                f"{label} knows {len(known)} classes, the data set has {len(there)}; only "
+                f"{label} has {_some(known - there)}; only the data set has {_some(there - known)}"
+            )
+    return data
+
+
+def _some(names: set[str]) -> str:
+    """A few of the names, for a message."""
+    shown = sorted(names)[:4]
+    return ", ".join(shown) + (", ..." if len(names) > 4 else "") or "none"
+
+
 def _split(labels, indices, fraction, what) -> tuple[torch.Tensor, torch.Tensor]:
     """Split `indices` in two, stratified by label; the second part gets `fraction` of them."""
     try:
@@ -181,7 +223,7 @@ def _load_folder(root: Path, size: int):
     labels = torch.tensor([classes.index(name) for name, _, _ in files])
     images = _cached_images(root, [path for _, path, _ in files], size, [s for *_, s in files])
     skipped += skipped_test
-    note = f"{skipped} files without an image suffix skipped" if skipped else ""
+    note = f"skipped for lack of an image suffix: {skipped}" if skipped else ""
     return images, labels, len(train), classes, note
 
 
@@ -206,7 +248,7 @@ def _scan(root: Path, part: str):
 
 def _cached_images(root: Path, paths: list[str], size: int, stamps: list[str]) -> torch.Tensor:
     """The decoded images, memory-mapped; the cache's name changes with the files."""
-    digest = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest()[:16]
     cache = root / f".cache-{size}-{digest}.npy"
     if not cache.exists():
         partial = cache.with_suffix(f".{os.getpid()}.tmp")
@@ -236,7 +278,7 @@ def read_image(path: str | Path, size: int | None = None) -> Image.Image:
             image = ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not an image that can be read ({error})") from None
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

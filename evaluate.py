@@ -17,17 +17,25 @@ import json
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.metrics import (
+    accuracy_score,
+    classification_report,
+    confusion_matrix,
+    precision_recall_fscore_support,
+)
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import load_data_of, load_models
+from checkpoint import load_models
 from cli import Parser, add_data_flags, add_device_flag, choose_device, command, run
-from data import Batches, Data, Split
+from data import Batches, Data, Split, load_data_of
 from models import count_parameters
+
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 
 
 @torch.inference_mode()
@@ -46,25 +54,24 @@ def measure(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
     `accuracy` is a fraction, `loss` the mean cross-entropy in nats; `confusion_matrix[i][j]` counts
     the images of class i that were taken for class j.
     """
-    predictions = logits.argmax(1)
-    ids = range(len(classes))
-    report = classification_report(
-        labels, predictions, labels=ids, target_names=classes, output_dict=True, zero_division=0
-    )
+    predictions, ids = logits.argmax(1), range(len(classes))
+
+    def f1_of(average):  # precision, recall, F1, support
+        return precision_recall_fscore_support(
+            labels, predictions, labels=ids, average=average, zero_division=0
+        )
+
+    per_class = zip(*(column.tolist() for column in f1_of(None)), strict=True)
+    keys = ("precision", "recall", "f1", "support")
     return {
-        "accuracy": (predictions == labels).double().mean().item(),
-        "macro_f1": report["macro avg"]["f1-score"],
-        "weighted_f1": report["weighted avg"]["f1-score"],
+        "accuracy": accuracy_score(labels, predictions),
+        "macro_f1": f1_of("macro")[2],
+        "weighted_f1": f1_of("weighted")[2],
         "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
         "images": len(labels),
         "per_class": {
-            name: {
-                "precision": report[name]["precision"],
-                "recall": report[name]["recall"],
-                "f1": report[name]["f1-score"],
-                "support": int(report[name]["support"]),
-            }
-            for name in classes
+            name: dict(zip(keys, row, strict=True))
+            for name, row in zip(classes, per_class, strict=True)
         },
         "confusion_matrix": confusion_matrix(labels, predictions, labels=ids).tolist(),
     }
@@ -156,6 +163,8 @@ def plot_counts(data: Data) -> Figure:
     place = np.arange(len(data.classes))
     for i, part in enumerate(("train", "val", "test")):
         split = getattr(data, part)
+        if not len(split):
+            continue
         counts = torch.bincount(split.labels[split.indices], minlength=len(data.classes)).numpy()
         bars = axes.bar(place + (i - 1) * 0.28, counts, 0.28, label=f"{part}: {len(split):,}")
         axes.bar_label(bars, fontsize=7, rotation=90 if len(data.classes) > 5 else 0, padding=2)
@@ -182,7 +191,7 @@ def table(rows: list[list[str]]) -> str:
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     add_data_flags(parser, remembered=True)
     parser.add_argument("--split", choices=("test", "val"), default="test", help="which images")
     parser.add_argument("--out-dir", type=Path, default=Path("runs/evaluation"), metavar="DIR",
@@ -193,7 +202,8 @@ def main(argv=None):
     device = choose_device(args.device)
     paths = list(dict.fromkeys(args.checkpoints))
     models = load_models(paths, device)
-    data = load_data_of(models, args.dataset, args.data_dir)
+    checkpoints = {name: checkpoint for name, (_, checkpoint) in models.items()}
+    data = load_data_of(checkpoints, args.dataset, args.data_dir, args.split)
     split = getattr(data, args.split)
     if not len(split):
         parser.error("--split val: these checkpoints were trained without a validation split")
@@ -213,7 +223,8 @@ def main(argv=None):
             "model": checkpoint["model_name"],
             "parameters": count_parameters(model),
             "split": args.split,
-            "epochs": checkpoint["epoch"],
+            "epochs": len(history),
+            "best_epoch": checkpoint["epoch"],
             "timing": {"training_seconds": history[-1]["seconds"], "evaluation_seconds": seconds},
         }
         report = classification_report(
@@ -233,35 +244,34 @@ def main(argv=None):
 
     figures = {
         "confusion_matrix": plot_confusion(metrics, data.classes),
-        "learning_curves": plot_curves({n: c["history"] for n, (_, c) in models.items()}),
+        "learning_curves": plot_curves({n: c["history"] for n, c in checkpoints.items()}),
         "class_examples": plot_examples(split, data.classes),
         "class_counts": plot_counts(data),
     }
-    save(args.out_dir, "metrics.json", dict(zip(map(str, paths), metrics.values(), strict=True)))
-    (args.out_dir / "classification_report.txt").write_text("\n\n".join(reports))
+    written = {
+        "metrics.json": json.dumps(dict(zip(paths, metrics.values(), strict=True)), indent=2),
+        "classification_report.txt": "\n\n".join(reports),
+    }
     if len(metrics) > 1:
         keys = ("model", "accuracy", "macro_f1", "weighted_f1", "parameters", "epochs", "timing")
         comparison = [
-            {"checkpoint": str(path), **{key: m[key] for key in keys}}
+            {"checkpoint": path, **{key: m[key] for key in keys}}
             for path, m in zip(paths, metrics.values(), strict=True)
         ]
-        save(args.out_dir, "comparison.json", comparison)
-    for old in args.out_dir.glob("events.*"):
-        old.unlink()
-    with SummaryWriter(args.out_dir) as log:
+        written["comparison.json"] = json.dumps(comparison, indent=2)
+    for old in [args.out_dir / "comparison.json", *args.out_dir.glob("events.out.*.evaluation")]:
+        old.unlink(missing_ok=True)
+    for name, text in written.items():
+        (args.out_dir / name).write_text(text + "\n")
+    with SummaryWriter(args.out_dir, filename_suffix=".evaluation") as log:
         for name, figure in figures.items():
             figure.savefig(args.out_dir / f"{name}.png", dpi=120)
             log.add_figure(name, figure)
         for name, m in metrics.items():
             for key in ("accuracy", "macro_f1", "weighted_f1"):
-                log.add_scalar(f"{args.split} {key}/{name}", m[key], m["epochs"])
+                log.add_scalar(f"{args.split} {key}/{name}", m[key], m["best_epoch"])
         log.add_text("classification report", "\n\n".join(f"```\n{r}\n```" for r in reports))
-    print(f"written to {args.out_dir}: {', '.join(sorted(p.name for p in args.out_dir.iterdir()))}")
-
-
-def save(folder: Path, name: str, value) -> None:
-    """Write a value as JSON for people."""
-    (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+    print(f"written to {args.out_dir}: {', '.join([*written, *(f'{f}.png' for f in figures)])}")
 
 
 if __name__ == "__main__":

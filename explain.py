@@ -7,8 +7,8 @@
 Prints each prediction; writes figures into --out-dir:
 
     <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay
-    <vit>_attention-layers.png    the class token's attention in each layer, averaged over heads
-    <vit>_attention-heads.png     the same for the first image, in each head of each layer
+    <vit>_attention-layers-<...>.png    the class token's attention in each layer, mean of heads
+    <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
     <file>_<checkpoint>_<method>.png   with --images: the overlay on the photograph itself
 
     B batch   C classes   K channels or token width   h, w grid of a map   N tokens   L layers
@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from checkpoint import load_data_of, load_models
+from checkpoint import load_models
 from cli import (
     Parser,
     UserError,
@@ -35,11 +36,14 @@ from cli import (
     number,
     run,
 )
-from data import normalise, read_image
+from data import load_data_of, normalise, read_image
 from models import ViT
 
+BATCH = 256  # images that go through a network at once
 LARGEST_SIDE = 2048  # pixels of an overlay on a user's photograph
+LARGEST_FIGURE = 32  # images: a figure of more rows could not be read
 COLORS = matplotlib.colormaps["turbo"]
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 SCALE = "Each map has its own scale, from its lowest value (dark blue) to its highest (dark red)."
 
 
@@ -209,7 +213,7 @@ def plot_attention_heads(picture, name: str, attention: torch.Tensor, title: str
 
 
 def prepare_images(images: torch.Tensor, checkpoint: dict, device) -> torch.Tensor:
-    """Images uint8 (B, 3, H, W), normalised as the checkpoint's were."""
+    """Images uint8 (B, 3, H, W), normalised as the checkpoint's were, on the device."""
     mean, std = (255 * torch.tensor(checkpoint[key]).view(3, 1, 1) for key in ("mean", "std"))
     return normalise(images, mean, std).to(device)
 
@@ -217,7 +221,8 @@ def prepare_images(images: torch.Tensor, checkpoint: dict, device) -> torch.Tens
 @torch.no_grad()
 def probabilities(model, images: torch.Tensor, checkpoint: dict, classes, device) -> torch.Tensor:
     """Softmax over `classes` (B, C), in their order, of images uint8 (B, 3, H, W)."""
-    logits = model(prepare_images(images, checkpoint, device)).float().cpu()
+    batches = (prepare_images(part, checkpoint, device) for part in images.split(BATCH))
+    logits = torch.cat([model(x).float().cpu() for x in batches])
     return logits.softmax(1)[:, [checkpoint["classes"].index(c) for c in classes]]
 
 
@@ -229,17 +234,17 @@ def choose_images(models, data, show: str, count: int, device) -> torch.Tensor:
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     if show == "any":
         return order[:count]
-    chosen = []
-    for part in order.split(200):
+    chosen = order[:0]
+    for part in tqdm(order.split(BATCH), f"looking for {show} ones", leave=False, disable=None):
         images, labels = data.test.rows(part)
         right = torch.ones(len(part), dtype=torch.bool)
         for model, checkpoint in models.values():
             p = probabilities(model, images, checkpoint, data.classes, device)
             right &= p.argmax(1) == labels
-        chosen.append(part[right if show == "correct" else ~right])
-        if sum(map(len, chosen)) >= count:
+        chosen = torch.cat([chosen, part[right if show == "correct" else ~right]])
+        if len(chosen) >= count:
             break
-    return torch.cat(chosen)[:count]
+    return chosen[:count]
 
 
 def read_photographs(paths: list[Path], size: int):
@@ -248,7 +253,7 @@ def read_photographs(paths: list[Path], size: int):
     Those that cannot are named on stderr.
     """
     read, squares, small = [], [], []
-    for path in paths:
+    for path in dict.fromkeys(paths):
         try:
             photo = read_image(path)
         except UserError as error:
@@ -262,146 +267,165 @@ def read_photographs(paths: list[Path], size: int):
     return read, squares, images
 
 
-@command
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
-    add_data_flags(parser, remembered=True)
-    group = parser.add_argument_group("images")
+def make_columns(name, model, checkpoint, images, labels, p, classes, methods, targets, device):
+    """The maps of one model for images uint8 (B, 3, H, W), a column for each method and target.
+
+    `labels` (B,): what is true, -1 where nobody knows; `p` (B, C): the model's probabilities.
+    """
+    x = prepare_images(images, checkpoint, device)
+    place = torch.tensor([checkpoint["classes"].index(c) for c in classes])  # classes by name
+    goals = {"predicted": p.argmax(1), "true": labels}
+    goals |= {c: torch.full_like(labels, i) for i, c in enumerate(classes)}
+    columns = []
+    for method in methods:
+        for target in targets if method == "grad-cam" else (None,):
+            goal = goals[target or "predicted"]
+            parts = zip(x.split(BATCH), place[goal].to(device).split(BATCH), strict=True)
+            maps = torch.cat([METHODS[method](model, *part).cpu() for part in parts])
+            titles, colors = [], []
+            for heat, row, c, label in zip(maps, p, goal, labels, strict=True):
+                empty = "" if heat.max() > heat.min() else " (empty map)"
+                titles.append(f"{classes[c]} {row[c]:.0%}{empty}")
+                colors.append("black" if label < 0 else "green" if c == label else "firebrick")
+            columns.append(
+                {
+                    "key": f"{name}_{method}" + (f"_{target}" if target else ""),
+                    "header": f"{name}\n{TITLES[method]} ({target or 'class-agnostic'})",
+                    "maps": maps,
+                    "titles": titles,
+                    "colors": colors,
+                }
+            )
+    return columns
+
+
+def add_flags(parser: Parser) -> None:
+    """The flags of this script."""
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    group = parser.add_argument_group("images of your own")
     group.add_argument("--images", nargs="+", type=Path, metavar="FILE",
                        help="explain these files in place of test images")  # fmt: skip
-    group.add_argument("--show", choices=("any", "correct", "wrong"), default="any",
-                       help="test images that all checkpoints get right, or not all")  # fmt: skip
-    group.add_argument("--count", type=number(int, 1), default=8, metavar="N", help="test images")
+    add_data_flags(parser, remembered=True)
+    group = parser.add_argument_group("test images")
+    group.add_argument("--show", choices=("any", "correct", "wrong"),
+                       help="those that all get right, or not all (default: any)")  # fmt: skip
+    group.add_argument("--count", type=number(int, 1), metavar="N", help="how many (default: 8)")
     group = parser.add_argument_group("explanations")
-    group.add_argument("--target", nargs="+", default=["predicted"], metavar="CLASS",
-                       help="what Grad-CAM explains: predicted, true, or class names")  # fmt: skip
+    group.add_argument("--target", nargs="+", metavar="CLASS",
+                       help="what Grad-CAM explains: predicted, true, or names of classes "
+                       "(default: predicted)")  # fmt: skip
     group.add_argument("--method", nargs="+", choices=METHODS,
                        help="default: Grad-CAM; for a ViT attention and rollout, too")  # fmt: skip
     group.add_argument("--save-maps", action="store_true", help="write the maps as .npz, too")
-    parser.add_argument("--out-dir", type=Path, default=Path("runs/explanations"), metavar="DIR")
+    parser.add_argument("--out-dir", type=Path, default=Path("runs/explanations"), metavar="DIR",
+                        help="where the figures go")  # fmt: skip
     add_device_flag(parser)
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    add_flags(parser)
     args = parser.parse_args(argv)
+    if args.images:
+        for flag in ("show", "count", "dataset", "data_dir"):
+            if getattr(args, flag) is not None:
+                parser.error(f"--{flag.replace('_', '-')} is about test images: not with --images")
+    if args.target and args.method and "grad-cam" not in args.method:
+        parser.error(f"--target: {' and '.join(args.method)} explain no class; add grad-cam")
 
     device = choose_device(args.device)
     models = load_models(list(dict.fromkeys(args.checkpoints)), device)
-    first = next(iter(models.values()))[1]
-    for name, (_, checkpoint) in models.items():
-        if args.method and not set(args.method) & set(METHODS_OF[checkpoint["model_name"]]):
+    checkpoints = {name: checkpoint for name, (_, checkpoint) in models.items()}
+    methods = {}
+    for name, checkpoint in checkpoints.items():
+        there = METHODS_OF[checkpoint["model_name"]]
+        methods[name] = [m for m in there if m in (args.method or there)]
+        if not methods[name]:
             parser.error(f"--method {' '.join(args.method)}: {name} is a CNN, without attention")
 
     # 1. The images: the user's own, or of the test split.
     failed = False
     if args.images:
-        classes, size = first["classes"], first["dataset"]["image_size"]
-        if any(set(c["classes"]) != set(classes) for _, c in models.values()):
-            parser.error("the checkpoints know different classes: explain them one at a time")
-        paths, pictures, images = read_photographs(args.images, size)
-        failed = len(paths) < len(args.images)
-        if not paths:
+        first, *others = checkpoints.values()
+        classes, show = first["classes"], "images"
+        for other in others:
+            if set(other["classes"]) != set(classes):
+                parser.error("the checkpoints know different classes: explain them one at a time")
+        files, pictures, images = read_photographs(args.images, first["dataset"]["image_size"])
+        failed = len(files) < len(set(args.images))
+        if not files:
             sys.exit(2)
-        names = [path.name for path in paths]
-        positions = labels = torch.full((len(paths),), -1)
+        names = wheres = [file.name for file in files]
+        positions = labels = torch.full((len(files),), -1)
     else:
-        data = load_data_of(models, args.dataset, args.data_dir)
-        classes = data.classes
-        positions = choose_images(models, data, args.show, args.count, device)
+        data = load_data_of(checkpoints, args.dataset, args.data_dir)
+        classes, show = data.classes, args.show or "any"
+        positions = choose_images(models, data, show, args.count or 8, device)
         if not len(positions):
-            parser.error(f"--show {args.show}: there is no such image in the test split")
+            parser.error(f"--show {show}: there is no such image in the test split")
         images, labels = data.test.rows(positions)
         pictures = list(images.permute(0, 2, 3, 1).numpy())
         names = [f"true: {classes[label]}" for label in labels]
-    for target in args.target:
+        wheres = [
+            f"test image {i} ({classes[label]})" for i, label in zip(positions, labels, strict=True)
+        ]
+    targets = args.target or ["predicted"]
+    for target in targets:
         if target == "true" and args.images:
             parser.error("--target true: nobody has said what is true of --images")
         if target not in ("predicted", "true", *classes):
             parser.error(f"--target {target}: the classes are {', '.join(classes)}")
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    stem = "+".join(models).replace("/", "-")
 
     # 2. The maps: for each checkpoint, method and target a column of the figure.
-    columns, arrays, predictions = [], {}, {}
+    columns, predictions = [], []
     for name, (model, checkpoint) in models.items():
-        p = probabilities(model, images, checkpoint, classes, device)  # (B, C)
-        predictions[name] = p.argmax(1)
-        own = torch.tensor([checkpoint["classes"].index(c) for c in classes])  # classes by name
-        x = prepare_images(images, checkpoint, device)
-        for method in METHODS_OF[checkpoint["model_name"]]:
-            if args.method and method not in args.method:
-                continue
-            for target in args.target if method == "grad-cam" else (None,):
-                if target == "true":
-                    goals = labels
-                elif target in (None, "predicted"):
-                    goals = predictions[name]
-                else:
-                    goals = torch.full_like(labels, classes.index(target))
-                batches = zip(x.split(256), own[goals].to(device).split(256), strict=True)
-                maps = torch.cat([METHODS[method](model, *b).cpu() for b in batches])
-                titles = [f"{classes[g]} {p[i, g]:.0%}" for i, g in enumerate(goals)]
-                titles = [
-                    t if m.max() > m.min() else f"{t} (empty map)"
-                    for t, m in zip(titles, maps, strict=True)
-                ]
-                colors = [
-                    "black" if y < 0 else "green" if g == y else "firebrick"
-                    for g, y in zip(goals, labels, strict=True)
-                ]
-                what = TITLES[method]
-                what += f" ({target})" if target else " (class-agnostic)"
-                columns.append(
-                    {"header": f"{name}\n{what}", "maps": maps, "titles": titles, "colors": colors}
-                )
-                key = f"{name}_{method}".replace("/", "-") + (f"_{target}" if target else "")
-                arrays[key] = maps.numpy()
-        for i, label in enumerate(labels):
-            best = "  ".join(
-                f"{classes[c]} {p[i, c]:.1%}" for c in p[i].topk(min(3, len(classes)))[1]
-            )
-            where = names[i] if args.images else f"test image {positions[i]} ({classes[label]})"
-            print(f"{where}  {name}: {best}")
+        p = probabilities(model, images, checkpoint, classes, device)
+        for where, row in zip(wheres, p, strict=True):
+            best = row.topk(min(3, len(classes))).indices
+            print(f"{where}  {name}: " + "  ".join(f"{classes[c]} {row[c]:.1%}" for c in best))
+        predictions.append(p.argmax(1))
+        columns += make_columns(
+            name, model, checkpoint, images, labels, p, classes, methods[name], targets, device
+        )
 
     # 3. The figures.
-    written = []
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    written, stem = [], "+".join(models)
 
-    def save(figure: Figure, file: str):
-        figure.savefig(args.out_dir / file, dpi=110)
-        written.append(file)
+    def target_of(file: str) -> Path:  # a checkpoint may be called by its path
+        written.append(file.replace("/", "-"))
+        return args.out_dir / written[-1]
 
-    what = "images" if args.images else args.show
-    shown = slice(0, 32)  # a figure of more rows could not be read; all go into --save-maps
-    for column in columns:
-        column["maps"] = column["maps"][shown]
+    shown = slice(0, LARGEST_FIGURE)
+    if len(images) > LARGEST_FIGURE:
+        print(f"the figures show the first {LARGEST_FIGURE} of {len(images)} images")
     panels = [Image.fromarray(picture) for picture in pictures[shown]]
     panels = [np.asarray(p.resize((512, 512)) if p.width > 512 else p) for p in panels]
     figure = plot_explanations(panels, names[shown], columns)
-    save(figure, f"{stem}_explanations-{what}.png")
+    figure.savefig(target_of(f"{stem}_explanations-{show}.png"), dpi=110)
     for name, (model, checkpoint) in models.items():
-        if isinstance(model, ViT) and (not args.method or "attention" in args.method):
+        if "attention" in methods[name]:
             maps = attention_maps(model, prepare_images(images[shown], checkpoint, device)).cpu()
             title = f"{name}: the class token's attention"
-            file = name.replace("/", "-")
-            save(
-                plot_attention_layers(pictures, names, maps, f"{title}, mean of the heads"),
-                f"{file}_attention-layers.png",
-            )
-            save(
-                plot_attention_heads(pictures[0], names[0], maps[0], title),
-                f"{file}_attention-heads.png",
-            )
+            figure = plot_attention_layers(panels, names, maps, f"{title}, mean of the heads")
+            figure.savefig(target_of(f"{name}_attention-layers-{show}.png"), dpi=110)
+            figure = plot_attention_heads(panels[0], names[0], maps[0], title)
+            figure.savefig(target_of(f"{name}_attention-heads-{show}.png"), dpi=110)
     if args.images:
-        for key, maps in arrays.items():
-            for path, picture, heat in zip(paths, pictures, maps, strict=True):
-                file = f"{path.stem}_{key}.png"
-                Image.fromarray(overlay(picture, torch.from_numpy(heat))).save(args.out_dir / file)
-                written.append(file)
+        stems = [file.stem for file in files]
+        twice = len(set(stems)) < len(stems)  # a/cat.jpg b/cat.jpg
+        for column in columns:
+            for i, (picture, heat) in enumerate(zip(pictures, column["maps"], strict=True)):
+                file = f"{i + 1}-{stems[i]}" if twice else stems[i]
+                overlaid = Image.fromarray(overlay(picture, heat))
+                overlaid.save(target_of(f"{file}_{column['key']}.png"))
     if args.save_maps:
-        file = f"{stem}_maps-{what}.npz"
-        predicted = np.stack([p.numpy() for p in predictions.values()])
         np.savez(
-            args.out_dir / file, **arrays, labels=labels, predictions=predicted, indices=positions
-        )
-        written.append(file)
+            target_of(f"{stem}_maps-{show}.npz"),
+            **{column["key"]: column["maps"].numpy() for column in columns},
+            labels=labels, predictions=np.stack(predictions), indices=positions,
+        )  # fmt: skip
     print(f"written to {args.out_dir}: {', '.join(written)}")
     if failed:
         sys.exit(2)

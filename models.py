@@ -75,7 +75,7 @@ class CNN(nn.Module):
             raise ValueError("classes, stem and widths must be at least 1, depths at least 0")
         if image_size < 2 ** (len(widths) + 1):
             raise ValueError(
-                f"{len(widths)} stages leave no map of an image of {image_size} pixels"
+                f"{len(widths)} stages halve an image of {image_size} pixels to less than a 2×2 map"
             )
         self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(stem)
@@ -204,7 +204,9 @@ class ViT(nn.Module):
                 f"patches of {patch_size} pixels do not divide an image of {image_size} pixels"
             )
         if min(classes, depth, dim * mlp_ratio) < 1 or dim < 4 or dim % 4:
-            raise ValueError("classes, depth and MLPs must be at least 1, dim a multiple of 4")
+            raise ValueError(
+                "classes, depth, dim × mlp_ratio must be at least 1, dim a multiple of 4"
+            )
         self.grid = image_size // patch_size  # P = grid × grid
         self.patchify = nn.Conv2d(3, dim, patch_size, stride=patch_size)  # a linear map per patch
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -1,6 +1,7 @@
 """What both recipes share before and after the loop: flags, out-dir, resuming, data and model."""
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -15,9 +16,9 @@ from models import build_model, count_parameters
 from training import choose_amp
 
 
-def recipe_parser(manual: str) -> Parser:
+def recipe_parser(manual: str, digits: dict) -> Parser:
     """The flags that both recipes share; `parser.set_defaults(...)` in a recipe gives values."""
-    parser = Parser(manual)
+    parser = Parser(manual, epilog=f"Defaults of --dataset digits: {in_words(digits)}.")
     add_data_flags(parser)
     group = parser.add_argument_group("training")
     add = group.add_argument
@@ -32,9 +33,14 @@ def recipe_parser(manual: str) -> Parser:
     add("--ema-decay", type=number(float, 0, 0.99999), metavar="X",
         help="how slowly the averaged weights follow; 0: no average")  # fmt: skip
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
-    add("--shift", type=number(int, 0, 31), metavar="N", help="move images by up to N pixels")
-    add("--erase", type=number(int, 0, 32), metavar="N", help="blank a square of N pixels")
-    add("--seed", type=number(int, 0), default=0, metavar="N",
+    add(
+        "--shift",
+        type=number(int, 0, 31),
+        metavar="N",
+        help="move images by up to N pixels; 0: not",
+    )
+    add("--erase", type=number(int, 0, 32), metavar="N", help="blank a square of N pixels; 0: none")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
         help="of weights, order, augmentation, dropout; the splits never depend on it")  # fmt: skip
     add("--val-fraction", type=number(float, 0, 0.9), default=0.1, metavar="X",
         help="share of the training images kept for validation; 0: none")  # fmt: skip
@@ -45,10 +51,11 @@ def recipe_parser(manual: str) -> Parser:
         help="half precision; auto: on a CUDA GPU only")  # fmt: skip
     add("--out-dir", type=Path, metavar="DIR",
         help="where checkpoints and curves go (default: runs/<dataset>-<model>)")  # fmt: skip
-    add("--resume", action="store_true", help="go on from last.pt in the out-dir")
-    add("--overwrite", action="store_true", help="replace the run in the out-dir")
-    add("--limit-batches", type=number(int, 1), metavar="N",
-        help="at most N batches an epoch, to try something out")  # fmt: skip
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on from last.pt in the out-dir")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in the out-dir")
+    add("--limit-batches", type=number(int, 1, 2**31), metavar="N",
+        help="at most N batches an epoch, to try something out (default: all)")  # fmt: skip
     return parser
 
 
@@ -74,6 +81,8 @@ def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
         if not (out_dir / "last.pt").is_file():
             raise UserError(f"--resume: there is no {out_dir / 'last.pt'} to go on from")
         resumed = load_checkpoint(out_dir / "last.pt")
+        if resumed["optimizer"] is None:
+            raise UserError(f"--resume: {out_dir / 'last.pt'} holds weights only, no training")
         if resumed["model_name"] != model_name:
             raise UserError(f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}")
         saved = resumed["settings"]
@@ -91,30 +100,28 @@ def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
         settings = settings | saved | {k: typed[k] for k in free & set(typed)}
         settings["out_dir"] = out_dir
     else:
-        if earlier_run(out_dir) and not settings["overwrite"]:
+        if list(out_dir.glob("*.pt")) and not settings["overwrite"]:
             raise UserError(
                 f"{out_dir} holds a run already: go on with it (--resume), replace it "
                 "(--overwrite), or choose another --out-dir"
             )
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass  # it can be written: better to fail now than after the first epoch
     return argparse.Namespace(**settings), resumed
 
 
 def earlier_run(out_dir: Path) -> list[Path]:
     """The files that a run has left in `out_dir`: its own only, whatever else lies there."""
-    patterns = ("best.pt", "last.pt", "train/events.*", "val/events.*")
+    patterns = ("best.pt", "last.pt", "train/events.out.tfevents.*", "val/events.out.tfevents.*")
     return [path for pattern in patterns for path in out_dir.glob(pattern)]
 
 
-def prepare(settings, model_name: str, model_settings: list[str]):
-    """Load the data and build the model; print what is going to happen, in one line.
+def prepare(settings, model_name: str, model_settings: list[str], resumed: dict | None):
+    """Load the data, build the model, clear the out-dir; print in one line what will happen.
 
     Returns (model, train_batches, val_batches or None, card).
 
     Raises:
-        UserError: no such device, no data, or a model that cannot be built.
+        UserError: no such device, no data, a model that cannot be built, an out-dir that cannot
+            be written, or other data than those of the run to resume.
     """
     device = choose_device(settings.device)
     amp_dtype = choose_amp(settings.amp, device)
@@ -131,8 +138,15 @@ def prepare(settings, model_name: str, model_settings: list[str]):
     except ValueError as error:
         raise UserError(str(error)) from None
     model = model.to(device, memory_format=torch.channels_last)
-    if not settings.resume:  # all is well: now an earlier run may go
-        for path in earlier_run(Path(settings.out_dir)):
+    card = describe_run(data, settings, model_name, model_config)
+    out_dir = Path(settings.out_dir)
+    if resumed:
+        same_data(card, resumed)
+    else:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass  # it can be written: better to fail now than after the first epoch
+        for path in earlier_run(out_dir):  # all is well: now an earlier run may go
             path.unlink()
     print(
         f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
@@ -140,10 +154,32 @@ def prepare(settings, model_name: str, model_settings: list[str]):
         f"{count_parameters(model):,} parameters; {settings.epochs} epochs, batch "
         f"{settings.batch_size}, on {device.type}, "
         f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
+        + (f"; {in_words(model_config)}, flip {settings.flip}" if data.name == "digits" else "")
         + (f"; {data.note}" if data.note else "")
     )
     train_batches, val_batches = make_batches(data, settings, device)
-    return model, train_batches, val_batches, describe_run(data, settings, model_name, model_config)
+    return model, train_batches, val_batches, card
+
+
+def in_words(values: dict) -> str:
+    """{"patch_size": 8, "flip": False} as "patch size 8, flip False"."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+
+
+def same_data(card: dict, resumed: dict) -> None:
+    """Raise UserError if the images are not those that the run to resume was trained on."""
+    sizes = [c["dataset"]["sizes"] for c in (card, resumed)]
+    statistics = [c["mean"] + c["std"] for c in (card, resumed)]
+    if (
+        card["classes"] != resumed["classes"]
+        or sizes[0] != sizes[1]
+        or max(abs(a - b) for a, b in zip(*statistics, strict=True)) > 1e-4
+    ):
+        raise UserError(
+            "--resume: the images in --data-dir are not those of the run: it had "
+            f"{sum(resumed['dataset']['sizes'])} of {len(resumed['classes'])} classes; there are "
+            f"{sum(sizes[0])} of {len(card['classes'])}, or others"
+        )
 
 
 def make_batches(data: Data, settings, device) -> tuple[Batches, Batches | None]:
@@ -173,6 +209,7 @@ def describe_run(data: Data, settings, model_name: str, model_config: dict) -> d
                 "data_dir": settings.data_dir,
                 "image_size": 32,
                 "val_fraction": settings.val_fraction,
+                "sizes": [len(data.train), len(data.val), len(data.test)],
             },
             "versions": versions,
         }
@@ -181,11 +218,11 @@ def describe_run(data: Data, settings, model_name: str, model_config: dict) -> d
 
 def finish(state: dict, settings) -> None:
     """Say how it ended, and what to run next."""
-    out_dir, best = settings.out_dir, state["best"]
+    out_dir, best = Path(settings.out_dir), state["best"]
     accuracy = best["val_accuracy"]
     if accuracy is not None:
         print(f"best validation accuracy {accuracy:.2%} after epoch {best['epoch']}")
     print("next:")
     for script in ("evaluate.py", "explain.py"):
-        print(f"  python {script} {out_dir / 'best.pt'}")
-    print(f"  tensorboard --logdir {out_dir}")
+        print(f"  python {script} {shlex.quote(str(out_dir / 'best.pt'))}")
+    print(f"  tensorboard --logdir {shlex.quote(str(out_dir))}")

@@ -41,7 +41,7 @@ def make_optimizer(model, settings) -> torch.optim.Optimizer:
 
 @command
 def main(argv=None):
-    parser = recipe_parser(__doc__)
+    parser = recipe_parser(__doc__, DIGITS)
     group = parser.add_argument_group("CNN")
     group.add_argument("--stem", type=number(int, 1), metavar="N", help="channels at full size")
     group.add_argument("--widths", type=number(int, 1), nargs="+", metavar="N",
@@ -51,7 +51,7 @@ def main(argv=None):
     parser.set_defaults(**RECIPE)
     settings, resumed = parse_settings(parser, argv, "cnn", DIGITS)
 
-    model, train_batches, val_batches, card = prepare(settings, "cnn", MODEL_SETTINGS)
+    model, train_batches, val_batches, card = prepare(settings, "cnn", MODEL_SETTINGS, resumed)
     optimizer = make_optimizer(model, settings)
     state = train(
         model, optimizer, train_batches, val_batches, settings=settings, card=card, resumed=resumed

@@ -44,7 +44,7 @@ def make_optimizer(model, settings) -> torch.optim.Optimizer:
 
 @command
 def main(argv=None):
-    parser = recipe_parser(__doc__)
+    parser = recipe_parser(__doc__, DIGITS)
     group = parser.add_argument_group("ViT")
     group.add_argument("--patch-size", type=number(int, 1), metavar="N",
                        help="side of a patch in pixels; it must divide the image's")  # fmt: skip
@@ -57,7 +57,7 @@ def main(argv=None):
     parser.set_defaults(**RECIPE)
     settings, resumed = parse_settings(parser, argv, "vit", DIGITS)
 
-    model, train_batches, val_batches, card = prepare(settings, "vit", MODEL_SETTINGS)
+    model, train_batches, val_batches, card = prepare(settings, "vit", MODEL_SETTINGS, resumed)
     optimizer = make_optimizer(model, settings)
     state = train(
         model, optimizer, train_batches, val_batches, settings=settings, card=card, resumed=resumed

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
 
 
@@ -46,7 +46,8 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        if resumed["scaler"]:  # empty where float16 was not used
+            scaler.load_state_dict(resumed["scaler"])
         if ema:
             ema.load_state_dict(resumed["ema"])
         first_epoch, step = resumed["epoch"] + 1, resumed["step"]
@@ -58,7 +59,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
     log_val = SummaryWriter(out_dir / "val", purge_step=step + 1)
     log_train.add_text("settings", markdown_table(vars(settings)), step)
     seconds = history[-1]["seconds"] if history else 0.0
-    print(TABLE_HEAD)
+    print(TABLE_HEAD, flush=True)
 
     for epoch in range(first_epoch, epochs + 1):
         # 1. Seed: all that is random in this epoch (order, augmentation, dropout) follows from
@@ -152,6 +153,9 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             )
         save_checkpoint(out_dir / "last.pt", state)
 
+    # best.pt tells of the whole training, with what came after its epoch.
+    best_state = load_checkpoint(out_dir / "best.pt")
+    save_checkpoint(out_dir / "best.pt", best_state | {"history": history})
     log_train.close()
     log_val.close()
     return state
@@ -193,8 +197,9 @@ def validate(model, batches, settings, amp_dtype=None) -> tuple[float | None, fl
     model.eval()
     device = next(model.parameters()).device
     loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    batches = itertools.islice(batches, settings.limit_batches)
-    for images, labels in tqdm(batches, "validation", leave=False, disable=None):
+    count = min(len(batches), settings.limit_batches or len(batches))
+    batches = itertools.islice(batches, count)
+    for images, labels in tqdm(batches, "validation", count, leave=False, disable=None):
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             logits = model(images).float()

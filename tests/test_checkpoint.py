@@ -8,6 +8,7 @@ import checkpoint
 import evaluate
 import explain
 from cli import UserError
+from data import load_data_of
 from models import count_parameters
 
 
@@ -111,6 +112,9 @@ def test_published_weights_are_half_as_large_and_load_as_float32(trained, tmp_pa
     whole, full = checkpoint.load_model(last)
     half, small = checkpoint.load_model(target)
     assert small["optimizer"] is None and small["history"] == full["history"]
+    with pytest.raises(SystemExit):
+        checkpoint.main([str(last), str(last)])  # would destroy what it reads
+    assert checkpoint.load_checkpoint(last)["optimizer"] is not None
     assert target.stat().st_size < 2.5 * count_parameters(half) + 40_000
     assert all(p.dtype == torch.float32 for p in half.parameters())
     x = torch.randn(2, 3, 32, 32)
@@ -129,10 +133,10 @@ def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
     state["dataset"]["name"] = "cifar10"
     other = tmp_path / "other.pt"
     checkpoint.save_checkpoint(other, state)
-    models = checkpoint.load_models([trained["cnn"], other], torch.device("cpu"))
-    with pytest.raises(UserError, match="differ in name of their data"):
-        checkpoint.load_data_of(models, None, None)
+    cards = {"a": checkpoint.load_checkpoint(trained["cnn"]), "b": state}
+    with pytest.raises(UserError, match="differ in name"):
+        load_data_of(cards, None, None)
     with pytest.raises(
         UserError, match=r"10 classes, the data set has 2; .* only the data set has bright, dark"
     ):
-        checkpoint.load_data_of(models, "folder", photos)
+        load_data_of(cards, "folder", photos)

@@ -152,8 +152,8 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     figure = tmp_path / "digits-cnn+digits-vit_explanations-any.png"
     assert Image.open(figure).width > 1500
     assert {p.name for p in tmp_path.glob("*attention*")} == {
-        "digits-vit_attention-layers.png",
-        "digits-vit_attention-heads.png",
+        "digits-vit_attention-layers-any.png",
+        "digits-vit_attention-heads-any.png",
     }
     maps = np.load(tmp_path / "digits-cnn+digits-vit_maps-any.npz")
     assert maps["labels"].shape == maps["indices"].shape == (3,)
@@ -198,12 +198,28 @@ def test_users_own_images(trained, photos, tmp_path, capsys):
     assert (out_dir / "03_digits-vit_rollout.png").exists()
 
 
+def test_images_have_no_true_class(trained, photos, tmp_path, fails):
+    photo = photos / "test" / "dark" / "03.png"
+    argv = ["--images", photo, "--target", "true", "--out-dir", tmp_path]
+    assert "--target true" in fails(explain.main, trained["cnn"], *argv)
+
+
+def test_same_names_and_dollars_are_kept_apart(trained, photos, tmp_path):
+    names = [tmp_path / d / "a$_$.png" for d in ("one", "two")]
+    for name, part in zip(names, ("dark", "bright"), strict=True):
+        name.parent.mkdir()
+        name.write_bytes((photos / "test" / part / "03.png").read_bytes())
+    explain.main([str(trained["cnn"]), "--images", *map(str, names), "--out-dir", str(tmp_path)])
+    assert len(list(tmp_path.glob("?-a$_$_digits-cnn_grad-cam_predicted.png"))) == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--target", "dog"], "--target dog: the classes are 0, 1"),
         (["--images", "no-such.jpg"], "no-such.jpg"),
-        (["--images", "README.md", "--target", "true"], "README.md"),
+        (["--images", "README.md", "no-such.jpg", "--count", "3"], "--count is about test images"),
+        (["--method", "rollout", "--target", "3"], "--target: rollout explain no class"),
         (["--count", "0"], "--count"),
         (["--method", "rollout"], "--method rollout: digits-cnn is a CNN"),
         (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere"),

@@ -151,7 +151,7 @@ def test_vit_equals_torchvisions_with_copied_weights(images):
         (lambda: ViT(depth=0), "at least 1"),
         (lambda: CNN(widths=(8, 8), depths=(1,)), "same stages"),
         (lambda: CNN(widths=(0, 8), depths=(1, 1)), "at least 1"),
-        (lambda: CNN(widths=(8,) * 5, depths=(0,) * 5), "5 stages leave no map"),
+        (lambda: CNN(widths=(8,) * 5, depths=(0,) * 5), "5 stages halve an image of 32"),
         (lambda: ViT(mlp_ratio=0.001), "at least 1"),
         (lambda: ViT(dim=30), "multiple of 4"),
         (lambda: build_model("rnn", {}), "unknown model 'rnn'"),

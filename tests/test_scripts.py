@@ -1,5 +1,6 @@
 """Each script once, as a user runs it, on digits, one after the other."""
 
+import signal
 import subprocess
 import sys
 
@@ -30,6 +31,7 @@ def test_training(folder, script, flags):
     model = script[6:9]
     head = out.splitlines()[0]
     assert head.startswith(f"digits: 1,293 training, 144 validation, 360 test images; {model} of")
+    assert "flip False" in head and "float32" in head
     assert f"python evaluate.py runs/digits-{model}/best.pt" in out
     assert (folder / "runs" / f"digits-{model}" / "last.pt").exists()
 
@@ -38,3 +40,19 @@ def test_training(folder, script, flags):
 def test_using(folder, script):
     out = run(folder, script, "runs/digits-cnn/best.pt", "runs/digits-vit/best.pt")
     assert "digits-cnn" in out and "digits-vit" in out and "written to runs/" in out
+
+
+@pytest.mark.parametrize(
+    ("script", "number", "code"),
+    [("train_cnn.py", signal.SIGINT, 130), ("train_vit.py", signal.SIGTERM, 143)],
+)
+def test_signals(folder, script, number, code):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), "--dataset", "digits", "--out-dir", f"signal-{code}"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.readline()
+    process.stdout.readline()  # the head of the table: now it trains
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err

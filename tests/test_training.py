@@ -1,6 +1,6 @@
 import json
 import math
-import signal
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +9,11 @@ from conftest import TINY_CNN, TINY_VIT
 from torch.utils.data import DataLoader, TensorDataset
 
 import cli
+import recipe
 import train_cnn
 import train_vit
 import training
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from models import CNN, ViT
 from training import choose_amp, epoch_seed, lr_at, update_average
 
@@ -102,6 +103,10 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(tmp_path, monkeypat
     for key in ("model", "ema"):
         for name, tensor in whole[key].items():
             assert torch.equal(tensor, parts[key][name]), (key, name)
+    bests = [load_checkpoint(tmp_path / d / "best.pt") for d in ("whole", "parts")]
+    assert len(bests[0]["history"]) == 3
+    for name, tensor in bests[0]["model"].items():
+        assert torch.equal(tensor, bests[1]["model"][name]), name
     for a, b in zip(*(c["optimizer"]["state"].values() for c in (whole, parts)), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
 
@@ -159,11 +164,11 @@ def test_a_dataloader_swaps_in_and_is_seeded_by_the_loop(tmp_path):
         torch.manual_seed(1)
         model = CNN(stem=4, widths=(8, 8), depths=(0, 0))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        torch.rand(len(folder.name) + len(histories))  # what was drawn before does not matter
         settings = SimpleNamespace(**recipe, out_dir=folder)
         state = training.train(model, optimizer, loader, loader, settings=settings, card=card)
         assert state["step"] == 6
         histories.append(history_but_times(state))
-        torch.rand(7)  # what was drawn before does not matter
     assert histories[0] == histories[1]
 
 
@@ -197,9 +202,15 @@ def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkey
     assert any("settings" in tag for tag in tags["tensors"])
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path, fails):
-    argv = [*FAST, *TINY_CNN, "--out-dir", tmp_path, "--lr", "1e30"]
-    assert "--lr 1e+30" in fails(train_cnn.main, *argv)
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_epoch(tmp_path, fails, monkeypatch):
+    real = training.lr_at
+    monkeypatch.setattr(training, "lr_at", lambda step, *a: 1e30 if step > 6 else real(step, *a))
+    line = fails(train_cnn.main, *FAST, *TINY_CNN, "--epochs", 3, "--out-dir", tmp_path)
+    assert "in epoch 2 (step 10) with --lr 0.05" in line and "keeps epoch 1" in line
+    for name in ("best.pt", "last.pt"):
+        state = load_checkpoint(tmp_path / name)
+        assert state["epoch"] == 1
+        assert all(t.isfinite().all() for t in state["model"].values())
 
 
 def test_finished_run_says_so(trained, capsys):
@@ -246,6 +257,8 @@ def test_rows_are_as_wide_as_their_head():
         (["--heads", "7"], "7 heads do not divide a width of 16"),
         (["--nonsense"], "--nonsense"),
         (["--amp", "fp16"], "--amp fp16"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--resume", "--overwrite"], "not allowed with"),
         (["--resume"], "--resume: there is no"),
         (["--dataset", "folder", "--data-dir", "no/such/place"], "--data-dir no/such/place"),
         (["--val-fraction", "0.001"], "--val-fraction 0.001"),
@@ -296,10 +309,36 @@ def test_resume_conflicts_are_named(trained, fails):
     assert "is a cnn" in fails(train_vit.main, "--resume", "--out-dir", out_dir)
 
 
-def test_signals(monkeypatch):
-    handlers = {}
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    cli.run(lambda: None)
-    with pytest.raises(SystemExit) as end:
-        handlers[signal.SIGTERM](signal.SIGTERM, None)
-    assert end.value.code == 143
+def test_resume_refuses_other_images(photos, tmp_path, fails):
+    copy, run = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, copy)
+    data = ["--dataset", "folder", "--data-dir", str(copy)]
+    train_cnn.main([*data, *TINY_CNN, "--epochs", "1", "--batch-size", "8", "--out-dir", str(run)])
+    state = load_checkpoint(run / "last.pt")
+    state["settings"]["epochs"] = 2
+    save_checkpoint(run / "last.pt", state)
+    resume = ["--resume", "--out-dir", run]
+    (copy / "train" / "dark").rename(copy / "train" / "dim")
+    (copy / "test" / "dark").rename(copy / "test" / "dim")
+    assert "not those of the run" in fails(train_cnn.main, *resume)
+    (copy / "train" / "dim").rename(copy / "train" / "dark")
+    (copy / "test" / "dim").rename(copy / "test" / "dark")
+    train_cnn.main(list(map(str, resume)))
+    assert load_checkpoint(run / "last.pt")["epoch"] == 2
+
+
+def test_published_weights_are_no_training_to_resume(trained, tmp_path, fails):
+    shutil.copy(trained["cnn"], tmp_path / "last.pt")
+    assert "weights only" in fails(train_cnn.main, "--resume", "--out-dir", tmp_path)
+
+
+def test_what_is_typed_goes_before_digits_and_digits_before_the_recipe():
+    parser = recipe.recipe_parser("", {})
+    parser.set_defaults(**train_cnn.RECIPE)
+    argv = ["--dataset", "digits", "--lr", "0.3", "--out-dir", "nowhere/at/all"]
+    settings, _ = recipe.parse_settings(parser, argv, "cnn", train_cnn.DIGITS)
+    assert settings.lr == 0.3 and settings.flip is False
+    assert settings.batch_size == train_cnn.DIGITS["batch_size"]
+    assert settings.weight_decay == train_cnn.RECIPE["weight_decay"]
+    settings, _ = recipe.parse_settings(parser, argv[2:], "cnn", train_cnn.DIGITS)
+    assert settings.flip is True and settings.batch_size == train_cnn.RECIPE["batch_size"]
