@@ -266,7 +266,7 @@ def main(argv=None):
     with SummaryWriter(args.out_dir, filename_suffix=".evaluation") as log:
         for name, figure in figures.items():
             figure.savefig(args.out_dir / f"{name}.png", dpi=120)
-            log.add_figure(name, figure)
+            log.add_figure(f"evaluation/{name}", figure)
         for name, m in metrics.items():
             for key in ("accuracy", "macro_f1", "weighted_f1"):
                 log.add_scalar(f"{args.split} {key}/{name}", m[key], m["best_epoch"])

@@ -76,7 +76,7 @@ def test_tensorboard_has_figures_and_numbers(results, trained):
 
     events = EventAccumulator(str(results)).Reload()
     written = json.loads((results / "metrics.json").read_text())
-    assert "confusion_matrix" in events.Tags()["images"]
+    assert "evaluation/confusion_matrix" in events.Tags()["images"]
     (point,) = events.Scalars("test accuracy/digits-cnn")
     assert point.value == pytest.approx(written[str(trained["cnn"])]["accuracy"])
 
