@@ -14,7 +14,7 @@ from recipe import finish, parse_settings, prepare, recipe_parser
 from training import parameter_groups, train
 
 RECIPE = {
-    "epochs": 10,
+    "epochs": 8,
     "batch_size": 128,
     "lr": 0.15,
     "warmup": 0.2,
