@@ -126,6 +126,8 @@ def main(argv=None):
         "optimizer": None,
         "scaler": None,
     }
+    if not args.target.parent.is_dir():
+        raise UserError(f"{args.target}: there is no folder {args.target.parent}; make it first")
     save_checkpoint(args.target, checkpoint)
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB")
 

@@ -49,7 +49,11 @@ def command(main):
             print(f"error: {name}{error.strerror or error}", file=sys.stderr)
             sys.exit(2)
         except torch.OutOfMemoryError:
-            print("error: the GPU's memory is full: use a smaller --batch-size", file=sys.stderr)
+            print(
+                "error: the GPU's memory is full: train with a smaller --batch-size, or use "
+                "--device cpu",
+                file=sys.stderr,
+            )
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -131,7 +131,8 @@ def load_data_of(
             said = ", ".join(f"{label}: {card[key]}" for label, card in cards.items())
             cure = "give --dataset and --data-dir" if key in unknown else "take one at a time"
             raise UserError(f"the checkpoints differ in {key} ({said}): {cure}")
-    own = len(unknown) == 2
+    elsewhere = data_dir is not None and str(data_dir) != str(first["data_dir"])
+    own = name in (None, first["name"]) and not (first["name"] == "folder" and elsewhere)
     data = load_data(
         name or first["name"],
         data_dir or first["data_dir"],
@@ -163,8 +164,11 @@ def _split(labels, indices, fraction, what) -> tuple[torch.Tensor, torch.Tensor]
             stratify=labels[indices].numpy(),
             random_state=SPLIT_SEED,
         )
-    except ValueError as error:
-        raise UserError(f"{what} {fraction}: {error}") from None
+    except ValueError:
+        raise UserError(
+            f"{what} {fraction} of {len(indices)} images: that gives not every class an image on "
+            "both sides; use another share, or more images"
+        ) from None
     return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
 
 

@@ -9,7 +9,8 @@ Prints each prediction; writes figures into --out-dir:
     <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay
     <vit>_attention-layers-<...>.png    the class token's attention in each layer, mean of heads
     <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
-    <file>_<checkpoint>_<method>.png   with --images: the overlay on the photograph itself
+    <file>_<checkpoint>_<method>.png   with --images: the overlay on the photograph itself,
+                                       its middle square, which is what the networks see
 
     B batch   C classes   K channels or token width   h, w grid of a map   N tokens   L layers
 """
@@ -290,7 +291,7 @@ def make_columns(name, model, checkpoint, images, labels, p, classes, methods, t
             columns.append(
                 {
                     "key": f"{name}_{method}" + (f"_{target}" if target else ""),
-                    "header": f"{name}\n{TITLES[method]} ({target or 'class-agnostic'})",
+                    "header": f"{name}\n{TITLES[method]} ({target or 'same for every class'})",
                     "maps": maps,
                     "titles": titles,
                     "colors": colors,
@@ -308,7 +309,8 @@ def add_flags(parser: Parser) -> None:
     add_data_flags(parser, remembered=True)
     group = parser.add_argument_group("test images")
     group.add_argument("--show", choices=("any", "correct", "wrong"),
-                       help="those that all get right, or not all (default: any)")  # fmt: skip
+                       help="those that every checkpoint gets right, or that one at least "
+                       "gets wrong (default: any)")  # fmt: skip
     group.add_argument("--count", type=number(int, 1), metavar="N", help="how many (default: 8)")
     group = parser.add_argument_group("explanations")
     group.add_argument("--target", nargs="+", metavar="CLASS",
@@ -341,8 +343,8 @@ def main(argv=None):
     for name, checkpoint in checkpoints.items():
         there = METHODS_OF[checkpoint["model_name"]]
         methods[name] = [m for m in there if m in (args.method or there)]
-        if not methods[name]:
-            parser.error(f"--method {' '.join(args.method)}: {name} is a CNN, without attention")
+    if not any(methods.values()):
+        parser.error(f"--method {' '.join(args.method)}: a CNN has no attention; use grad-cam")
 
     # 1. The images: the user's own, or of the test split.
     failed = False

@@ -86,7 +86,7 @@ def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
         if resumed["model_name"] != model_name:
             raise UserError(f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}")
         saved = resumed["settings"]
-        free = {"device", "data_dir", "out_dir", "resume", "overwrite"}
+        free = {"device", "amp", "data_dir", "out_dir", "resume", "overwrite"}
         for key in sorted(set(typed) - free):
             if plain(typed[key]) != saved.get(key):
                 flag = "--" + key.replace("_", "-")
@@ -125,10 +125,15 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
     """
     device = choose_device(settings.device)
     amp_dtype = choose_amp(settings.amp, device)
+    out_dir = Path(settings.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out_dir):
+        pass  # it can be written: better to fail now than after the first epoch
     data = load_data(settings.dataset, settings.data_dir, val_fraction=settings.val_fraction)
     if settings.batch_size > len(data.train):
         raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images"
+            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training "
+            "images: use a smaller one"
         )
     torch.manual_seed(settings.seed)
     model_config = {"classes": len(data.classes)}
@@ -139,13 +144,9 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
         raise UserError(str(error)) from None
     model = model.to(device, memory_format=torch.channels_last)
     card = describe_run(data, settings, model_name, model_config)
-    out_dir = Path(settings.out_dir)
     if resumed:
         same_data(card, resumed)
     else:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass  # it can be written: better to fail now than after the first epoch
         for path in earlier_run(out_dir):  # all is well: now an earlier run may go
             path.unlink()
     print(

@@ -107,15 +107,16 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         train_loss, train_accuracy = loss_sum.item() / seen, correct.item() / seen
         epoch_seconds = time.perf_counter() - started  # after .item(): the GPU has finished
         seconds += epoch_seconds
-        if not np.isfinite(train_loss):
-            kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""
-            raise UserError(
-                f"the loss is {train_loss} in epoch {epoch} (step {step}) with --lr "
-                f"{settings.lr:g}: start again with a smaller one{kept}"
-            )
-
         # 7. Validate, with the averaged weights. These images choose best.pt, never the test set.
         val_loss, val_accuracy = validate(ema or model, val_batches, settings, amp_dtype)
+
+        good = all(bool(p.isfinite().all()) for p in model.parameters())
+        if not (good and np.isfinite([train_loss, val_loss or 0]).all()):
+            kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""
+            raise UserError(
+                f"the loss or the weights became infinite in epoch {epoch} (step {step}) with "
+                f"--lr {settings.lr:g}: start again with a smaller one{kept}"
+            )
 
         # 8. Log: a row here and in the history, points in TensorBoard.
         row = {
@@ -148,14 +149,12 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         if best is None or val_accuracy is None or val_accuracy >= best["val_accuracy"]:
             state["best"] = best = {"epoch": epoch, "val_accuracy": val_accuracy}
             weights = {"model": state["ema"] or state["model"], "ema": None}
-            save_checkpoint(
-                out_dir / "best.pt", state | weights | {"optimizer": None, "scaler": None}
-            )
+            chosen = state | weights | {"optimizer": None, "scaler": None}
+        else:  # best.pt tells of the whole training, with what came after its epoch
+            chosen = load_checkpoint(out_dir / "best.pt") | {"history": history}
+        save_checkpoint(out_dir / "best.pt", chosen)
         save_checkpoint(out_dir / "last.pt", state)
 
-    # best.pt tells of the whole training, with what came after its epoch.
-    best_state = load_checkpoint(out_dir / "best.pt")
-    save_checkpoint(out_dir / "best.pt", best_state | {"history": history})
     log_train.close()
     log_val.close()
     return state

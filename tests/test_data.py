@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import CIFAR10
 
 import data
@@ -139,13 +138,6 @@ def test_validation_is_left_alone_by_augmentation(colours):
 
 def test_incomplete_training_batch_is_left_out(colours):
     assert [len(y) for _, y in Batches(colours, 60, **PLAIN, train=True)] == [60]
-
-
-def test_same_shape_as_a_dataloader(colours):
-    loader = DataLoader(TensorDataset(colours.images.float(), colours.labels), batch_size=48)
-    for (x, y), (x2, y2) in zip(loader, Batches(colours, 48, **PLAIN), strict=True):
-        assert x.shape == x2.shape and x.dtype == x2.dtype
-        assert y.dtype == y2.dtype and torch.equal(y, y2)
 
 
 # ---------------------------------------------------------------- CIFAR-10

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 import explain
-from checkpoint import load_model
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from models import CNN, ViT
 
 
@@ -47,12 +47,14 @@ def test_grad_cam_equals_pytorch_grad_cams(cnn, images):
     cam = pytest.importorskip("pytorch_grad_cam")
     targets = [cam.utils.model_targets.ClassifierOutputTarget(t.item()) for t in TARGETS]
     theirs = cam.GradCAM(cnn, [cnn.stages[-1]])(images, targets)
-    ours = explain.grad_cam(cnn, images, TARGETS)
+    ours, compared = explain.grad_cam(cnn, images, TARGETS), 0
     for heat, expected in zip(ours, theirs, strict=True):
         if heat.max() > 0:
+            compared += 1
             small = torch.tensor(explain.scaled(heat))[None, None]
             big = torch.nn.functional.interpolate(small, 32, mode="bilinear")[0, 0]
             np.testing.assert_allclose(explain.scaled(big), expected, atol=1e-4)
+    assert compared >= 3
 
 
 def test_vit_grad_cam_has_the_gradients_that_captum_finds(vit, images):
@@ -171,6 +173,24 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     assert maps["digits-vit_rollout"].shape == (3, 4, 4)
 
 
+def test_classes_match_by_name_not_by_place(trained, tmp_path):
+    """A checkpoint whose classes are in another order, its head likewise, explains the same."""
+    state = load_checkpoint(trained["cnn"])
+    order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
+    state["classes"] = [str(i) for i in order.tolist()]
+    for key in ("head.weight", "head.bias"):
+        state["model"][key] = state["model"][key][order]
+    save_checkpoint(tmp_path / "shuffled.pt", state)
+    argv = [trained["cnn"], tmp_path / "shuffled.pt", "--save-maps", "--target", "predicted", "3"]
+    explain.main([*map(str, argv), "--out-dir", str(tmp_path)])
+    maps = np.load(tmp_path / "digits-cnn+shuffled_maps-any.npz")
+    assert (maps["predictions"][0] == maps["predictions"][1]).all()
+    for target in ("predicted", "3"):
+        a, b = (maps[f"{name}_grad-cam_{target}"] for name in ("digits-cnn", "shuffled"))
+        assert a.max() > 0
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("show", ["correct", "wrong"])
 def test_show_chooses_by_what_the_models_say(trained, tmp_path, show):
     argv = [trained["vit"], "--show", show, "--count", 5, "--save-maps", "--method", "grad-cam"]
@@ -221,7 +241,7 @@ def test_same_names_and_dollars_are_kept_apart(trained, photos, tmp_path):
         (["--images", "README.md", "no-such.jpg", "--count", "3"], "--count is about test images"),
         (["--method", "rollout", "--target", "3"], "--target: rollout explain no class"),
         (["--count", "0"], "--count"),
-        (["--method", "rollout"], "--method rollout: digits-cnn is a CNN"),
+        (["--method", "rollout"], "--method rollout: a CNN has no attention"),
         (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere"),
     ],
 )

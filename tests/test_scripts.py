@@ -37,8 +37,8 @@ def test_training(folder, script, flags):
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "explain.py"])
-def test_using(folder, script):
-    out = run(folder, script, "runs/digits-cnn/best.pt", "runs/digits-vit/best.pt")
+def test_using(folder, trained, script):
+    out = run(folder, script, *trained.values())
     assert "digits-cnn" in out and "digits-vit" in out and "written to runs/" in out
 
 
@@ -50,6 +50,7 @@ def test_signals(folder, script, number, code):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script), "--dataset", "digits", "--out-dir", f"signal-{code}"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # if ours is ignored
     )  # fmt: skip
     process.stdout.readline()
     process.stdout.readline()  # the head of the table: now it trains

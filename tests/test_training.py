@@ -14,6 +14,7 @@ import train_cnn
 import train_vit
 import training
 from checkpoint import load_checkpoint, load_model, save_checkpoint
+from data import Batches, load_data
 from models import CNN, ViT
 from training import choose_amp, epoch_seed, lr_at, update_average
 
@@ -126,10 +127,8 @@ def test_checkpoints_rebuild_their_model_and_say_what_they_saw(trained):
         assert torch.equal(model(x), model2(x))
 
 
-def test_first_validation_scores_the_averaged_weights(trained):
+def test_validation_scores_the_weights_of_best_pt(trained):
     """The row of the best epoch, measured again from best.pt alone."""
-    from data import Batches, load_data
-
     for path in trained.values():
         model, c = load_model(path)
         batches = Batches(load_data("digits", ".").val, 64, mean=c["mean"], std=c["std"])
@@ -137,13 +136,21 @@ def test_first_validation_scores_the_averaged_weights(trained):
         assert right / 144 == pytest.approx(c["best"]["val_accuracy"])
 
 
-def test_other_seed_other_run_same_seed_same_run(tmp_path):
-    rows = []
+def test_other_seed_other_run_same_splits(tmp_path, monkeypatch):
+    rows, splits = [], []
+
+    def load(*args, **kwargs):
+        data = load_data(*args, **kwargs)
+        splits.append([p.indices.tolist() for p in (data.train, data.val, data.test)])
+        return data
+
+    monkeypatch.setattr(recipe, "load_data", load)
     for i, seed in enumerate(("0", "0", "1")):
         argv = [*FAST, *TINY_CNN, "--epochs", "1", "--seed", seed, "--out-dir", tmp_path / str(i)]
         train_cnn.main(list(map(str, argv)))
         rows.append(history_but_times(load_checkpoint(tmp_path / str(i) / "last.pt")))
     assert rows[0] == rows[1] != rows[2]
+    assert splits[0] == splits[1] == splits[2]
 
 
 def test_without_validation_best_is_the_last_epoch(tmp_path):
@@ -211,6 +218,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_epoch(tmp_path, fail
         state = load_checkpoint(tmp_path / name)
         assert state["epoch"] == 1
         assert all(t.isfinite().all() for t in state["model"].values())
+
+
+@pytest.mark.parametrize(("lr", "fraction"), [("1e39", 0), ("1e20", 0.1)])
+def test_weights_ruined_by_the_last_step_are_not_saved(tmp_path, fails, lr, fraction):
+    argv = ["--dataset", "digits", "--limit-batches", 1, "--epochs", 1, "--val-fraction", fraction]
+    line = fails(train_cnn.main, *argv, *TINY_CNN, "--lr", lr, "--out-dir", tmp_path)
+    assert "the weights became infinite" in line and not list(tmp_path.glob("*.pt"))
 
 
 def test_finished_run_says_so(trained, capsys):
