@@ -91,7 +91,7 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
     """A panel per model: each cell says how many images, and what share of its true class."""
     C = len(classes)
     side = max(4.0, 0.66 * C) if C <= 25 else 12.0
-    figure = Figure(figsize=((side + 1.3) * len(metrics), side + 1.2), layout="constrained")
+    figure = Figure(figsize=((side + 1.6) * len(metrics), side + 1.5), layout="compressed")
     for axes, (name, scores) in zip(
         figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
     ):

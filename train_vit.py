@@ -1,10 +1,11 @@
 """Train the Vision Transformer.
 
-    python train_vit.py --dataset digits                       4 minutes on two CPU cores
-    python train_vit.py                                        CIFAR-10, downloaded on first use
-    python train_vit.py --dataset folder --data-dir photos     photos/train/<class>/*, photos/test
+    python train_vit.py --dataset digits                     90 seconds, 99% of the test images
+    python train_vit.py                                      CIFAR-10, 90 minutes, 75%
+    python train_vit.py --dataset folder --data-dir photos   photos/train/<class>/*, photos/test
 
-Prints a row per epoch; writes checkpoints and TensorBoard curves to --out-dir.
+Times on two CPU cores; 75% was measured on a JPEG copy of CIFAR-10. Prints a row per epoch;
+writes checkpoints and TensorBoard curves to --out-dir.
 """
 
 import torch
