@@ -75,7 +75,7 @@ class CNN(nn.Module):
             raise ValueError("classes, stem and widths must be at least 1, depths at least 0")
         if image_size < 2 ** (len(widths) + 1):
             raise ValueError(
-                f"{len(widths)} stages halve an image of {image_size} pixels to less than a 2×2 map"
+                f"{len(widths)} stages (widths) leave of {image_size} pixels no map of 2×2 or more"
             )
         self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(stem)
@@ -111,7 +111,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         if heads < 1 or dim % heads:
-            raise ValueError(f"{heads} heads do not divide a width of {dim}")
+            raise ValueError(f"heads {heads} does not divide dim {dim}")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
@@ -201,7 +201,7 @@ class ViT(nn.Module):
         super().__init__()
         if not 0 < patch_size <= image_size or image_size % patch_size:
             raise ValueError(
-                f"patches of {patch_size} pixels do not divide an image of {image_size} pixels"
+                f"patch_size {patch_size} does not divide an image of {image_size} pixels"
             )
         if min(classes, depth, dim * mlp_ratio) < 1 or dim < 4 or dim % 4:
             raise ValueError(

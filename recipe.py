@@ -1,6 +1,7 @@
 """What both recipes share before and after the loop: flags, out-dir, resuming, data and model."""
 
 import argparse
+import re
 import shlex
 import sys
 import tempfile
@@ -141,7 +142,10 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
     try:
         model = build_model(model_name, model_config)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        message = str(error)  # names the arguments: name the flags
+        for key in model_settings:
+            message = re.sub(rf"\b{key}\b", "--" + key.replace("_", "-"), message)
+        raise UserError(message) from None
     model = model.to(device, memory_format=torch.channels_last)
     card = describe_run(data, settings, model_name, model_config)
     if resumed:

@@ -145,13 +145,13 @@ def test_vit_equals_torchvisions_with_copied_weights(images):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ViT(patch_size=5), "do not divide an image of 32"),
-        (lambda: ViT(patch_size=64), "do not divide an image of 32"),
-        (lambda: ViT(dim=100, heads=3), "3 heads do not divide a width of 100"),
+        (lambda: ViT(patch_size=5), "does not divide an image of 32"),
+        (lambda: ViT(patch_size=64), "does not divide an image of 32"),
+        (lambda: ViT(dim=100, heads=3), "heads 3 does not divide dim 100"),
         (lambda: ViT(depth=0), "at least 1"),
         (lambda: CNN(widths=(8, 8), depths=(1,)), "same stages"),
         (lambda: CNN(widths=(0, 8), depths=(1, 1)), "at least 1"),
-        (lambda: CNN(widths=(8,) * 5, depths=(0,) * 5), "5 stages halve an image of 32"),
+        (lambda: CNN(widths=(8,) * 5, depths=(0,) * 5), r"5 stages \(widths\) leave of 32 pixels"),
         (lambda: ViT(mlp_ratio=0.001), "at least 1"),
         (lambda: ViT(dim=30), "multiple of 4"),
         (lambda: build_model("rnn", {}), "unknown model 'rnn'"),
