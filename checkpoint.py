@@ -99,7 +99,7 @@ def load_models(paths: list[str], device: torch.device) -> dict[str, tuple[nn.Mo
 
 
 def plain(value):
-    """`value` in plain types only: paths become strings, tuples lists, namespaces dicts."""
+    """`value` in plain types only: paths become strings, tuples lists."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -116,6 +116,8 @@ def main(argv=None):
     checkpoint = load_checkpoint(args.source)
     if args.target.exists():
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")
+    if not args.target.parent.is_dir():
+        raise UserError(f"{args.target}: there is no folder {args.target.parent}; make it first")
     weights = checkpoint["ema"] or checkpoint["model"]
     checkpoint |= {
         "model": {
@@ -126,8 +128,6 @@ def main(argv=None):
         "optimizer": None,
         "scaler": None,
     }
-    if not args.target.parent.is_dir():
-        raise UserError(f"{args.target}: there is no folder {args.target.parent}; make it first")
     save_checkpoint(args.target, checkpoint)
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB")
 

@@ -34,12 +34,7 @@ def recipe_parser(manual: str, digits: dict) -> Parser:
     add("--ema-decay", type=number(float, 0, 0.99999), metavar="X",
         help="how slowly the averaged weights follow; 0: no average")  # fmt: skip
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
-    add(
-        "--shift",
-        type=number(int, 0, 31),
-        metavar="N",
-        help="move images by up to N pixels; 0: not",
-    )
+    add("--shift", type=number(int, 0, 31), metavar="N", help="move images by up to N pixels")
     add("--erase", type=number(int, 0, 32), metavar="N", help="blank a square of N pixels; 0: none")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
         help="of weights, order, augmentation, dropout; the splits never depend on it")  # fmt: skip

@@ -107,9 +107,9 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         train_loss, train_accuracy = loss_sum.item() / seen, correct.item() / seen
         epoch_seconds = time.perf_counter() - started  # after .item(): the GPU has finished
         seconds += epoch_seconds
+
         # 7. Validate, with the averaged weights. These images choose best.pt, never the test set.
         val_loss, val_accuracy = validate(ema or model, val_batches, settings, amp_dtype)
-
         good = all(bool(p.isfinite().all()) for p in model.parameters())
         if not (good and np.isfinite([train_loss, val_loss or 0]).all()):
             kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""

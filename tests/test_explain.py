@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 import explain
+import figures
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from models import CNN, ViT
 
@@ -51,9 +52,9 @@ def test_grad_cam_equals_pytorch_grad_cams(cnn, images):
     for heat, expected in zip(ours, theirs, strict=True):
         if heat.max() > 0:
             compared += 1
-            small = torch.tensor(explain.scaled(heat))[None, None]
+            small = torch.tensor(figures.scaled(heat))[None, None]
             big = torch.nn.functional.interpolate(small, 32, mode="bilinear")[0, 0]
-            np.testing.assert_allclose(explain.scaled(big), expected, atol=1e-4)
+            np.testing.assert_allclose(figures.scaled(big), expected, atol=1e-4)
     assert compared >= 3
 
 
@@ -134,13 +135,13 @@ def test_a_map_lies_where_its_pixels_are():
     images[:, :, 20:24, 4:8] = 1
     heat = explain.grad_cam(model, images, torch.tensor([0]))[0]
     assert divmod(heat.argmax().item(), 8) == (5, 1)
-    picture = explain.overlay(np.zeros((320, 320, 3), dtype=np.uint8), heat)
+    picture = figures.overlay(np.zeros((320, 320, 3), dtype=np.uint8), heat)
     assert picture[220, 60, 0] > picture[60, 220, 0]  # red where it is hot, blue elsewhere
     assert picture[60, 220, 2] > picture[60, 220, 0]
 
 
 def test_constant_map_is_scaled_to_zero():
-    assert explain.scaled(torch.full((2, 2), 3.0)).tolist() == [[0, 0], [0, 0]]
+    assert figures.scaled(torch.full((2, 2), 3.0)).tolist() == [[0, 0], [0, 0]]
 
 
 # ---------------------------------------------------------------- the script
