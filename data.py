@@ -1,9 +1,8 @@
-"""Images as uint8 tensors, stratified splits, and batches that are augmented on the device.
+"""Data sets as uint8 tensors, and their stratified splits.
 
-    B batch   H, W image height and width   M images stored   N images of a split
+    H, W image height and width   M images stored   N images of a split
 
-Images stay uint8 `(M, 3, H, W)` until a batch is drawn; then one gather flips and shifts each
-image by its own random amount, and the batch is normalised, all on the device it is used on.
+Images stay uint8 `(M, 3, H, W)` until a batch is drawn of them (see `batches.py`).
 """
 
 import dataclasses
@@ -287,112 +286,3 @@ def read_image(path: str | Path, size: int | None = None) -> Image.Image:
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image
-
-
-# ---------------------------------------------------------------- batches
-
-
-class Batches:
-    """An iterable of `(images, labels)`, one epoch each time it is iterated, like a DataLoader.
-
-    Images come normalised, float32 (B, 3, H, W); labels int64 (B,); both on `device`.
-    With `train=True` the order is shuffled, an incomplete last batch is left out, and each image
-    is flipped, shifted by up to `shift` pixels, and loses a square of `erase` pixels. One number
-    drawn from PyTorch's global generator when an epoch begins decides all of that: the loop
-    seeds it with (seed, epoch), and batch number `step` then depends on (seed, epoch, step) only.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        mean,
-        std,
-        device: torch.device | str = "cpu",
-        train: bool = False,
-        flip: bool = False,
-        shift: int = 0,
-        erase: int = 0,
-    ):
-        self.device = torch.device(device)
-        self.split, self.batch_size, self.train = split.to(self.device), batch_size, train
-        self.flip, self.shift, self.erase = flip, shift, erase
-        self.mean = 255 * torch.tensor(mean, device=self.device).view(3, 1, 1)
-        self.std = 255 * torch.tensor(std, device=self.device).view(3, 1, 1)
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.split), self.batch_size)
-        return full if self.train else full + (rest > 0)
-
-    def __iter__(self):
-        if not self.train:
-            for part in torch.arange(len(self.split)).split(self.batch_size):
-                images, labels = self._on_device(part)
-                yield normalise(images, self.mean, self.std), labels
-            return
-        seed = torch.randint(2**62, ()).item()
-        order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
-        for step in range(len(self)):
-            draws = torch.Generator(self.device).manual_seed(seed + 1 + step)
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            images, labels = self._on_device(rows)
-            images = flip_and_shift(images, draws, flip=self.flip, shift=self.shift)
-            images = normalise(images, self.mean, self.std)
-            yield erase_square(images, draws, self.erase), labels
-
-    def _on_device(self, rows: torch.Tensor):
-        images, labels = self.split.rows(rows.to(self.split.indices.device))
-        return images.to(self.device), labels.to(self.device)
-
-
-def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std as float32; mean and std on the scale of 0 to 255, (3, 1, 1)."""
-    return (images.float() - mean) / std
-
-
-def flip_and_shift(
-    images: torch.Tensor, generator: torch.Generator, *, flip: bool, shift: int
-) -> torch.Tensor:
-    """Mirror each image with probability 1/2 and move it by up to `shift` pixels each way.
-
-    One gather for the whole batch: pixel (y, x) of the result is pixel (rows[y], columns[x]) of
-    the image; what is moved in from outside is the image's own mirror image at the border.
-    images (B, 3, H, W) -> (B, 3, H, W), laid out in memory as channels-last.
-    """
-    B, _, H, W = images.shape
-
-    def source(size):  # (B, size): where each row or column comes from
-        moves = torch.randint(
-            -shift, shift + 1, (B, 1), generator=generator, device=generator.device
-        )
-        index = torch.arange(size, device=images.device) + moves
-        return size - 1 - (size - 1 - index.abs()).abs()  # reflect at 0 and at size - 1
-
-    rows, columns = source(H), source(W)
-    if flip:
-        mirrored = torch.rand(B, 1, generator=generator, device=generator.device) < 0.5
-        columns = torch.where(mirrored, W - 1 - columns, columns)
-    image = torch.arange(B, device=images.device)[:, None, None]
-    channels_last = images[image, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
-    return channels_last.permute(0, 3, 1, 2)
-
-
-def erase_square(images: torch.Tensor, generator: torch.Generator, size: int) -> torch.Tensor:
-    """Set a square of `size` pixels to 0, the mean colour, anywhere in each normalised image.
-
-    Cutout (DeVries and Taylor 2017, arXiv 1708.04552), but wholly inside the image.
-    """
-    if not size:
-        return images
-    B, _, H, W = images.shape
-
-    def inside(length):  # (B, length): whether a row or column is in the square
-        start = torch.randint(
-            length - size + 1, (B, 1), generator=generator, device=generator.device
-        )
-        index = torch.arange(length, device=images.device)
-        return (start <= index) & (index < start + size)
-
-    square = inside(H)[:, None, :, None] & inside(W)[:, None, None, :]  # (B, 1, H, W)
-    return images.masked_fill(square, 0.0)

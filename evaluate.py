@@ -30,9 +30,10 @@ from sklearn.metrics import (
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from batches import Batches
 from checkpoint import load_models
 from cli import Parser, add_data_flags, add_device_flag, choose_device, command, run
-from data import Batches, Data, Split, load_data_of
+from data import Data, Split, load_data_of
 from models import count_parameters
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from batches import normalise
 from checkpoint import load_models
 from cli import (
     Parser,
@@ -34,7 +35,7 @@ from cli import (
     number,
     run,
 )
-from data import load_data_of, normalise, read_image
+from data import load_data_of, read_image
 from figures import overlay, plot_attention_heads, plot_attention_layers, plot_explanations
 from models import ViT
 

@@ -11,6 +11,7 @@ forward pass and no hooks.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 
 class ResidualBlock(nn.Module):
@@ -133,16 +134,20 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer, normalised before each half: attention, then a two-layer MLP."""
+    """One transformer layer, normalised before each half: attention, then a two-layer MLP.
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, dropout: float):
+    In training each half is left out of each image with probability `drop_path`, and scaled up
+    where it is not (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float = 0.0):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x, return_intermediates: bool = False):  # (B, N, D) -> (B, N, D)
         tokens = self.norm1(x)
@@ -150,8 +155,8 @@ class Block(nn.Module):
             out, attention = self.attention(tokens, return_attention=True)
         else:
             out, attention = self.attention(tokens), None
-        x = x + self.dropout(out)
-        x = x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(out)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
         return (x, attention, tokens) if return_intermediates else x
 
 
@@ -180,7 +185,8 @@ class ViT(nn.Module):
         depth: number of blocks.
         heads: attention heads in each block.
         mlp_ratio: width of the hidden layer of each MLP, as a multiple of `dim`.
-        dropout: probability of dropping an activation after attention and MLP.
+        drop_path: probability that the last block's attention or MLP is left out of an image in
+            training; it grows in a line from 0 in the first block.
 
     Raises:
         ValueError: a combination that makes no network.
@@ -196,7 +202,7 @@ class ViT(nn.Module):
         depth: int = 6,
         heads: int = 6,
         mlp_ratio: float = 2.0,
-        dropout: float = 0.0,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         if not 0 < patch_size <= image_size or image_size % patch_size:
@@ -211,8 +217,9 @@ class ViT(nn.Module):
         self.patchify = nn.Conv2d(3, dim, patch_size, stride=patch_size)  # a linear map per patch
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(sine_positions(self.grid, dim))  # learned from there on
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_ratio, drop_path * i / max(depth - 1, 1)) for i in range(depth)
+        )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)
         self._initialise()
@@ -233,7 +240,7 @@ class ViT(nn.Module):
         """
         x = self.patchify(x).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, P, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
-        x = self.dropout(x + self.positions)
+        x = x + self.positions
         attentions, tokens = [], None
         for block in self.blocks:
             if return_intermediates:

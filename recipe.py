@@ -7,22 +7,28 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 
-from checkpoint import load_checkpoint, plain
+from batches import Batches, Taught
+from checkpoint import load_checkpoint, load_model, plain
 from cli import Parser, UserError, add_data_flags, add_device_flag, choose_device, number
-from data import Batches, Data, load_data
+from data import Data, load_data
 from models import build_model, count_parameters
 from training import choose_amp
 
 
-def recipe_parser(manual: str, digits: dict) -> Parser:
-    """The flags that both recipes share; `parser.set_defaults(...)` in a recipe gives values."""
-    parser = Parser(manual, epilog=f"Defaults of --dataset digits: {in_words(digits)}.")
+def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
+    """The flags that both scripts share; `parser.set_defaults(...)` in a script gives values."""
+    changes = {"--recipe best": best, "--dataset digits": digits}
+    epilog = "; ".join(f"defaults of {flag}: {in_words(new)}" for flag, new in changes.items())
+    parser = Parser(manual, epilog=epilog)
     add_data_flags(parser)
     group = parser.add_argument_group("training")
     add = group.add_argument
+    add("--recipe", choices=("fast", "best"), default="fast",
+        help="fast: a good network soon; best: the most accurate one")  # fmt: skip
     add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
     add("--batch-size", type=number(int, 1), metavar="N", help="images in a step")
     add("--lr", type=number(float, 0, above=True), metavar="X", help="highest learning rate")
@@ -36,8 +42,12 @@ def recipe_parser(manual: str, digits: dict) -> Parser:
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
     add("--shift", type=number(int, 0, 31), metavar="N", help="move images by up to N pixels")
     add("--erase", type=number(int, 0, 32), metavar="N", help="blank a square of N pixels; 0: none")
+    add("--auto-augment", action=argparse.BooleanOptionalAction,
+        help="TrivialAugmentWide, a draw for every 16th part of a batch")  # fmt: skip
+    add("--mix", type=number(float, 0, 1), metavar="X",
+        help="share of the batches mixed by CutMix or MixUp")  # fmt: skip
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
-        help="of weights, order, augmentation, dropout; the splits never depend on it")  # fmt: skip
+        help="of weights, order, augmentation; the splits never depend on it")  # fmt: skip
     add("--val-fraction", type=number(float, 0, 0.9), default=0.1, metavar="X",
         help="share of the training images kept for validation; 0: none")  # fmt: skip
     group = parser.add_argument_group("run")
@@ -55,11 +65,12 @@ def recipe_parser(manual: str, digits: dict) -> Parser:
     return parser
 
 
-def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
+def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: dict):
     """Read the command line; returns (settings, the checkpoint to resume from or None).
 
-    What is typed goes before `digits`, the values for that data set, and these before the
-    recipe's own. With --resume all settings come from the checkpoint.
+    What is typed goes before `digits`, the values for that data set, these before `best`, what
+    that recipe changes, and these before the parser's own. With --resume all settings come from
+    the checkpoint.
 
     Raises:
         UserError: an occupied out-dir, nothing to resume, a flag that conflicts with the run.
@@ -68,9 +79,11 @@ def parse_settings(parser: Parser, argv, model_name: str, digits: dict):
     untyped = object()
     namespace = argparse.Namespace(**dict.fromkeys(defaults, untyped))
     typed = {k: v for k, v in vars(parser.parse_args(argv, namespace)).items() if v is not untyped}
-    settings = defaults | (digits if typed.get("dataset") == "digits" else {}) | typed
+    settings = defaults | (best if typed.get("recipe") == "best" else {})
+    settings |= (digits if typed.get("dataset") == "digits" else {}) | typed
     if settings["out_dir"] is None:
-        settings["out_dir"] = Path("runs", f"{settings['dataset']}-{model_name}")
+        suffix = "-best" if settings["recipe"] == "best" else ""
+        settings["out_dir"] = Path("runs", f"{settings['dataset']}-{model_name}{suffix}")
     out_dir, resumed = Path(settings["out_dir"]), None
 
     if settings["resume"]:
@@ -143,6 +156,9 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
         raise UserError(message) from None
     model = model.to(device, memory_format=torch.channels_last)
     card = describe_run(data, settings, model_name, model_config)
+    train_batches, val_batches = make_batches(data, settings, device)
+    if getattr(settings, "teacher", None):
+        train_batches = Taught(train_batches, load_teacher(settings.teacher, card, device))
     if resumed:
         same_data(card, resumed)
     else:
@@ -157,7 +173,6 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
         + (f"; {in_words(model_config)}, flip {settings.flip}" if data.name == "digits" else "")
         + (f"; {data.note}" if data.note else "")
     )
-    train_batches, val_batches = make_batches(data, settings, device)
     return model, train_batches, val_batches, card
 
 
@@ -166,15 +181,16 @@ def in_words(values: dict) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
 
 
+def alike(one: dict, other: dict) -> bool:
+    """Whether two cards name the same classes in the same order, and the same mean and std."""
+    statistics = [card["mean"] + card["std"] for card in (one, other)]
+    return one["classes"] == other["classes"] and np.allclose(*statistics, rtol=0, atol=1e-4)
+
+
 def same_data(card: dict, resumed: dict) -> None:
     """Raise UserError if the images are not those that the run to resume was trained on."""
     sizes = [c["dataset"]["sizes"] for c in (card, resumed)]
-    statistics = [c["mean"] + c["std"] for c in (card, resumed)]
-    if (
-        card["classes"] != resumed["classes"]
-        or sizes[0] != sizes[1]
-        or max(abs(a - b) for a, b in zip(*statistics, strict=True)) > 1e-4
-    ):
+    if not alike(card, resumed) or sizes[0] != sizes[1]:
         raise UserError(
             "--resume: the images in --data-dir are not those of the run: it had "
             f"{sum(resumed['dataset']['sizes'])} of {len(resumed['classes'])} classes; there are "
@@ -182,12 +198,29 @@ def same_data(card: dict, resumed: dict) -> None:
         )
 
 
+def load_teacher(path: Path, card: dict, device: torch.device) -> torch.nn.Module:
+    """The model of a checkpoint, to learn from.
+
+    Raises:
+        UserError: it cannot be read, or was trained on other images.
+    """
+    teacher, checkpoint = load_model(path, device)
+    if not alike(card, checkpoint):
+        raise UserError(
+            f"--teacher {path}: it was trained on other images or classes "
+            f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): take a "
+            "checkpoint trained on the same data set"
+        )
+    return teacher
+
+
 def make_batches(data: Data, settings, device) -> tuple[Batches, Batches | None]:
     """Augmented training batches and, if there is a validation split, its plain ones."""
     common = {"mean": data.mean, "std": data.std, "device": device}
     train_batches = Batches(
         data.train, settings.batch_size, train=True,
-        flip=settings.flip, shift=settings.shift, erase=settings.erase, **common,
+        flip=settings.flip, shift=settings.shift, erase=settings.erase,
+        auto_augment=settings.auto_augment, mix=settings.mix, **common,
     )  # fmt: skip
     val_batches = Batches(data.val, 500, **common) if len(data.val) else None
     return train_batches, val_batches

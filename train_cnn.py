@@ -14,7 +14,7 @@ from cli import command, number, run
 from recipe import finish, parse_settings, prepare, recipe_parser
 from training import parameter_groups, train
 
-RECIPE = {
+RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --dataset digits
     "epochs": 8,
     "batch_size": 128,
     "lr": 0.15,
@@ -26,10 +26,13 @@ RECIPE = {
     "flip": True,
     "shift": 2,
     "erase": 0,
+    "auto_augment": False,
+    "mix": 0.0,
     "stem": 16,
     "widths": [48, 112],
     "depths": [1, 2],
 }
+BEST = {"epochs": 100, "auto_augment": True}
 DIGITS = {"epochs": 10, "batch_size": 32, "lr": 0.05, "flip": False, "ema_decay": 0.98}
 MODEL_SETTINGS = "stem widths depths".split()  # passed on to the model
 
@@ -42,7 +45,7 @@ def make_optimizer(model, settings) -> torch.optim.Optimizer:
 
 @command
 def main(argv=None):
-    parser = recipe_parser(__doc__, DIGITS)
+    parser = recipe_parser(__doc__, BEST, DIGITS)
     group = parser.add_argument_group("CNN")
     group.add_argument("--stem", type=number(int, 1), metavar="N", help="channels at full size")
     group.add_argument("--widths", type=number(int, 1), nargs="+", metavar="N",
@@ -50,7 +53,7 @@ def main(argv=None):
     group.add_argument("--depths", type=number(int, 0), nargs="+", metavar="N",
                        help="residual blocks of each stage")  # fmt: skip
     parser.set_defaults(**RECIPE)
-    settings, resumed = parse_settings(parser, argv, "cnn", DIGITS)
+    settings, resumed = parse_settings(parser, argv, "cnn", BEST, DIGITS)
 
     model, train_batches, val_batches, card = prepare(settings, "cnn", MODEL_SETTINGS, resumed)
     optimizer = make_optimizer(model, settings)

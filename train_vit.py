@@ -8,13 +8,15 @@ Times on two CPU cores; 75% was measured on a JPEG copy of CIFAR-10. Prints a ro
 writes checkpoints and TensorBoard curves to --out-dir.
 """
 
+from pathlib import Path
+
 import torch
 
 from cli import command, number, run
 from recipe import finish, parse_settings, prepare, recipe_parser
 from training import parameter_groups, train
 
-RECIPE = {
+RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --dataset digits
     "epochs": 15,
     "batch_size": 128,
     "lr": 1e-3,
@@ -26,15 +28,18 @@ RECIPE = {
     "flip": True,
     "shift": 2,
     "erase": 0,
+    "auto_augment": False,
+    "mix": 0.0,
     "patch_size": 4,
     "dim": 192,
     "depth": 6,
     "heads": 6,
     "mlp_ratio": 2.0,
-    "dropout": 0.0,
+    "drop_path": 0.0,
 }
+BEST = {"epochs": 100, "auto_augment": True, "mix": 0.5, "drop_path": 0.1}
 DIGITS = {"epochs": 30, "batch_size": 64, "flip": False, "patch_size": 8, "ema_decay": 0.98}
-MODEL_SETTINGS = "patch_size dim depth heads mlp_ratio dropout".split()  # passed on to the model
+MODEL_SETTINGS = "patch_size dim depth heads mlp_ratio drop_path".split()  # passed on to the model
 
 
 def make_optimizer(model, settings) -> torch.optim.Optimizer:
@@ -45,7 +50,7 @@ def make_optimizer(model, settings) -> torch.optim.Optimizer:
 
 @command
 def main(argv=None):
-    parser = recipe_parser(__doc__, DIGITS)
+    parser = recipe_parser(__doc__, BEST, DIGITS)
     group = parser.add_argument_group("ViT")
     group.add_argument("--patch-size", type=number(int, 1), metavar="N",
                        help="side of a patch in pixels; it must divide the image's")  # fmt: skip
@@ -54,9 +59,12 @@ def main(argv=None):
     group.add_argument("--heads", type=number(int, 1), metavar="N", help="must divide --dim")
     group.add_argument("--mlp-ratio", type=number(float, 0, above=True), metavar="X",
                        help="width of an MLP's hidden layer, in token widths")  # fmt: skip
-    group.add_argument("--dropout", type=number(float, 0, 0.9), metavar="X", help="0: off")
+    group.add_argument("--drop-path", type=number(float, 0, 0.9), metavar="X",
+                       help="stochastic depth: how often the last block is left out")  # fmt: skip
+    group.add_argument("--teacher", type=Path, metavar="FILE",
+                       help="a checkpoint to learn from as well, such as the CNN's")  # fmt: skip
     parser.set_defaults(**RECIPE)
-    settings, resumed = parse_settings(parser, argv, "vit", DIGITS)
+    settings, resumed = parse_settings(parser, argv, "vit", BEST, DIGITS)
 
     model, train_batches, val_batches, card = prepare(settings, "vit", MODEL_SETTINGS, resumed)
     optimizer = make_optimizer(model, settings)

@@ -25,7 +25,8 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
     Args:
         model: on its device already.
         optimizer: over the model's parameters; the learning rate of its groups is set here.
-        train_batches: any iterable with a length that gives an epoch of `(images, labels)`.
+        train_batches: any iterable with a length that gives an epoch of `(images, labels)`; labels
+            are class numbers (B,), or each image's shares of the classes (B, C).
         val_batches: the same for validation, or None.
         settings: what the command line said (see `recipe.py`).
         card: what a checkpoint says of the run beside its tensors (see `recipe.py`).
@@ -62,8 +63,8 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
     print(TABLE_HEAD, flush=True)
 
     for epoch in range(first_epoch, epochs + 1):
-        # 1. Seed: all that is random in this epoch (order, augmentation, dropout) follows from
-        #    (seed, epoch). So there is no random state to save, and a resumed run is the same run.
+        # 1. Seed: all that is random in this epoch (order, augmentation, stochastic depth) follows
+        #    from (seed, epoch). So there is no random state to save: a resumed run is the same run.
         torch.manual_seed(epoch_seed(settings.seed, epoch))
         model.train()
         loss_sum, correct, norm_sum = torch.zeros(3, device=device)
@@ -100,7 +101,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
 
             # 6. Sums stay on the device: reading one here would stop the GPU at every step.
             loss_sum += loss.detach() * len(labels)
-            correct += (logits.argmax(1) == labels).sum()
+            correct += (logits.argmax(1) == most_likely(labels)).sum()
             norm_sum += norm.nan_to_num(posinf=0)  # infinite where float16 skips the step
             seen += len(labels)
 
@@ -207,6 +208,11 @@ def validate(model, batches, settings, amp_dtype=None) -> tuple[float | None, fl
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
     return loss_sum.item() / seen, correct.item() / seen
+
+
+def most_likely(labels: torch.Tensor) -> torch.Tensor:
+    """Class numbers (B,): `labels` themselves, or the greatest of each image's shares (B, C)."""
+    return labels if labels.ndim == 1 else labels.argmax(1)
 
 
 def choose_amp(name: str, device: torch.device) -> torch.dtype | None:

@@ -27,7 +27,8 @@ import torch.nn.functional as F  # noqa: E402
 import train_cnn  # noqa: E402
 import train_vit  # noqa: E402
 import training  # noqa: E402
-from data import Batches, Split  # noqa: E402
+from batches import Batches  # noqa: E402
+from data import Split  # noqa: E402
 from models import build_model  # noqa: E402
 
 CARD = "model_name model_config settings classes mean std dataset versions".split()

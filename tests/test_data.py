@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+import batches
 import data
+from batches import Batches, Taught
 from cli import UserError
-from data import Batches, Split, load_data
+from data import Split, load_data
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,9 @@ def test_plain_batches_equal_torchvisions_normalise(colours):
 
 def test_every_image_is_a_flipped_shifted_copy_each_its_own(colours):
     """Against numpy.pad(mode="reflect") and slicing, for all that flip and shift can do."""
-    out = data.flip_and_shift(colours.images, torch.Generator().manual_seed(0), flip=True, shift=2)
+    out = batches.flip_and_shift(
+        colours.images, torch.Generator().manual_seed(0), flip=True, shift=2
+    )
     seen = set()
     for image, moved in zip(colours.images.numpy(), out.numpy(), strict=True):
         padded = np.pad(image, ((0, 0), (2, 2), (2, 2)), mode="reflect")
@@ -100,8 +104,8 @@ def test_every_image_is_a_flipped_shifted_copy_each_its_own(colours):
 
 
 def test_erasing_blanks_one_square_wherever(colours):
-    images = data.normalise(colours.images, torch.zeros(3, 1, 1), torch.ones(3, 1, 1)) + 1
-    out = data.erase_square(images, torch.Generator().manual_seed(0), 8)
+    images = batches.normalise(colours.images, torch.zeros(3, 1, 1), torch.ones(3, 1, 1)) + 1
+    out = batches.erase_square(images, torch.Generator().manual_seed(0), 8)
     blank = (out == 0).all(1)
     assert (blank.sum((1, 2)) == 64).all()
     assert torch.equal(out[~blank[:, None].expand_as(out)], images[~blank[:, None].expand_as(out)])
@@ -118,21 +122,76 @@ def epoch_of(batches, seed):
 
 
 def test_training_batches_depend_on_the_seed_alone(colours):
-    batches = Batches(colours, 16, **PLAIN, train=True, flip=True, shift=4, erase=8)
-    (x1, y1), (x2, y2), (_, y3) = (epoch_of(batches, s) for s in (1, 1, 2))
+    all_on = {"flip": True, "shift": 4, "erase": 8, "auto_augment": True}
+    drawn = Batches(colours, 16, **PLAIN, train=True, **all_on)
+    (x1, y1), (x2, y2), (_, y3) = (epoch_of(drawn, s) for s in (1, 1, 2))
     assert torch.equal(x1, x2) and torch.equal(y1, y2)
     assert not torch.equal(y1, y3)
     assert sorted(y1.tolist()) == sorted(y3.tolist()) == list(range(64))
     torch.manual_seed(1)
-    x4, _ = next(iter(batches))  # nobody else draws: the same batch
+    x4, _ = next(iter(drawn))  # nobody else draws: the same batch
     assert torch.equal(x4, x1[:16])
 
 
+def test_automatic_augmentation_gives_uint8_and_a_draw_to_each_group():
+    images = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).expand(64, -1, -1, -1)
+    torch.manual_seed(0)
+    out = batches.trivial_augment(images, groups=16)
+    assert out.dtype == torch.uint8 and out.shape == images.shape
+    groups = out.view(16, 4, -1)
+    assert (groups == groups[:, :1]).all()  # the same for the four of a group
+    assert len({tuple(group[0].tolist()) for group in groups}) > 8
+
+
+def test_labels_of_mixed_images_are_the_shares_of_what_is_in_them():
+    """Images of one value each: the mean of what comes out is that of its labels."""
+    values = torch.tensor([10, 50, 90, 250], dtype=torch.uint8)
+    labels = torch.arange(64) % 4
+    images = values[labels][:, None, None, None].expand(-1, 3, 32, 32)
+    split = Split(images, labels, torch.arange(64))
+    mixed = Batches(split, 4, mean=(0, 0, 0), std=(1, 1, 1), train=True, mix=0.5)
+    kinds = set()
+    torch.manual_seed(0)
+    for x, y in mixed:
+        if y.ndim == 1:
+            kinds.add("neither")
+            y = torch.nn.functional.one_hot(y, 4).float()
+        else:
+            blended = len(x[:, 0].flatten(1).unique()) > 4
+            kinds.add("MixUp" if blended else "CutMix")
+        torch.testing.assert_close(y.sum(1), torch.ones(4))
+        torch.testing.assert_close(x.mean((1, 2, 3)), y @ (values / 255), atol=1e-4, rtol=1e-4)
+    assert kinds == {"neither", "MixUp", "CutMix"}
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_taught_labels_give_the_mean_of_two_losses(hard):
+    """The loss of DeiT's eq. 3 (hard) and of its eq. 2 at temperature 1 (soft), written out."""
+    from torch.nn.functional import cross_entropy, kl_div
+
+    images, labels, student = torch.randn(8, 3, 2, 2), torch.arange(8) % 5, torch.randn(8, 5)
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    said = teacher(images)
+    taught = Taught([(images, labels)], teacher, hard=hard)
+    assert len(taught) == 1
+    for x, y in taught:
+        assert x is images and not y.requires_grad
+        if hard:
+            of_teacher = cross_entropy(student, said.argmax(1))
+        else:  # cross-entropy is divergence plus the teacher's entropy, which trains nothing
+            p = said.softmax(1)
+            divergence = kl_div(student.log_softmax(1), p, reduction="batchmean")
+            of_teacher = divergence - (p * p.log()).sum(1).mean()
+        expected = (cross_entropy(student, labels) + of_teacher) / 2
+        torch.testing.assert_close(cross_entropy(student, y), expected)
+
+
 def test_validation_is_left_alone_by_augmentation(colours):
-    batches = Batches(colours, 64, **PLAIN, train=False, flip=True, shift=4, erase=8)
+    all_on = {"flip": True, "shift": 4, "erase": 8, "auto_augment": True, "mix": 1.0}
+    drawn = Batches(colours, 64, **PLAIN, train=False, **all_on)
     plain, _ = next(iter(Batches(colours, 64, **PLAIN)))
     for seed in (1, 2):
-        x, y = epoch_of(batches, seed)
+        x, y = epoch_of(drawn, seed)
         assert torch.equal(x, plain) and y.tolist() == list(range(64))
 
 

@@ -13,7 +13,7 @@ from train_vit import RECIPE as VIT_RECIPE
 def recipe_model(name):
     recipe = CNN_RECIPE if name == "cnn" else VIT_RECIPE
     keys = ("stem", "widths", "depths") if name == "cnn" else (
-        "patch_size", "dim", "depth", "heads", "mlp_ratio", "dropout")  # fmt: skip
+        "patch_size", "dim", "depth", "heads", "mlp_ratio", "drop_path")  # fmt: skip
     torch.manual_seed(0)
     return build_model(name, {key: recipe[key] for key in keys})
 

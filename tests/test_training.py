@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,14 @@ import recipe
 import train_cnn
 import train_vit
 import training
+from batches import Batches
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from data import Batches, load_data
+from data import load_data
 from models import CNN, ViT
 from training import choose_amp, epoch_seed, lr_at, update_average
 
 FAST = ["--dataset", "digits", "--device", "cpu", "--limit-batches", "5"]
+RANDOM = ["--drop-path", "0.1", "--mix", "0.5", "--auto-augment"]
 CARD = "model_name model_config settings classes mean std dataset versions".split()
 
 
@@ -75,7 +78,7 @@ def history_but_times(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, [*TINY_VIT, "--dropout", "0.1"])]
+    ("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, [*TINY_VIT, *RANDOM])]
 )
 def test_killed_and_resumed_is_the_run_that_was_never_killed(tmp_path, monkeypatch, script, tiny):
     argv = [*FAST, *tiny, "--epochs", "3", "--erase", "4"]
@@ -256,6 +259,22 @@ def test_rows_are_as_wide_as_their_head():
     assert len(training.table_row(row)) == len(training.TABLE_HEAD)
 
 
+def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
+    argv = [*FAST, *TINY_VIT, "--epochs", "1", "--teacher", str(trained["cnn"])]
+    train_vit.main([*argv, "--out-dir", str(tmp_path / "taught")])
+    train_vit.main([*argv[:-2], "--out-dir", str(tmp_path / "alone")])
+    taught, alone = (load_checkpoint(tmp_path / d / "best.pt") for d in ("taught", "alone"))
+    assert taught["settings"]["teacher"] == str(trained["cnn"])
+    assert taught["history"][0]["train_loss"] != alone["history"][0]["train_loss"]
+    assert taught["model"].keys() == alone["model"].keys()
+
+    before = (tmp_path / "taught" / "last.pt").read_bytes()
+    others = ["--dataset", "folder", "--data-dir", photos, "--batch-size", 8, "--overwrite"]
+    line = fails(train_vit.main, *argv, *others, "--out-dir", tmp_path / "taught")
+    assert "--teacher" in line and "(digits, 10 classes)" in line
+    assert (tmp_path / "taught" / "last.pt").read_bytes() == before
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -347,12 +366,16 @@ def test_published_weights_are_no_training_to_resume(trained, tmp_path, fails):
 
 
 def test_what_is_typed_goes_before_digits_and_digits_before_the_recipe():
-    parser = recipe.recipe_parser("", {})
+    parser = recipe.recipe_parser("", {}, {})
     parser.set_defaults(**train_cnn.RECIPE)
-    argv = ["--dataset", "digits", "--lr", "0.3", "--out-dir", "nowhere/at/all"]
-    settings, _ = recipe.parse_settings(parser, argv, "cnn", train_cnn.DIGITS)
+    changes = ({"clip": 3.0, "lr": 0.1, "erase": 4}, train_cnn.DIGITS)
+    argv = ["--recipe", "best", "--dataset", "digits", "--lr", "0.3"]
+    settings, _ = recipe.parse_settings(parser, argv, "cnn", *changes)
+    assert settings.clip == 3.0 and settings.erase == 4
+    assert settings.out_dir == Path("runs/digits-cnn-best")
     assert settings.lr == 0.3 and settings.flip is False
     assert settings.batch_size == train_cnn.DIGITS["batch_size"]
     assert settings.weight_decay == train_cnn.RECIPE["weight_decay"]
-    settings, _ = recipe.parse_settings(parser, argv[2:], "cnn", train_cnn.DIGITS)
+    settings, _ = recipe.parse_settings(parser, ["--lr", "0.3"], "cnn", *changes)
+    assert settings.clip == train_cnn.RECIPE["clip"] and settings.lr == 0.3
     assert settings.flip is True and settings.batch_size == train_cnn.RECIPE["batch_size"]
