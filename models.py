@@ -25,8 +25,8 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(channels)
 
     def forward(self, x):  # (B, K, h, w) -> (B, K, h, w)
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(x + self.norm2(self.conv2(y)))
+        y = F.gelu(self.norm1(self.conv1(x)))
+        return F.gelu(x + self.norm2(self.conv2(y)))
 
 
 class Stage(nn.Module):
@@ -39,7 +39,7 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(depth)))
 
     def forward(self, x):  # (B, in_channels, h, w) -> (B, channels, h / 2, w / 2)
-        x = F.relu(self.norm(F.max_pool2d(self.conv(x), 2)))
+        x = F.gelu(self.norm(F.max_pool2d(self.conv(x), 2)))
         return self.blocks(x)
 
 
@@ -86,7 +86,7 @@ class CNN(nn.Module):
 
     def forward_features(self, x, return_intermediates: bool = False):
         """(B, 3, H, W) -> the last map (B, K, h, w); if asked, also the outputs of all stages."""
-        x = F.relu(self.norm(self.stem(x)))  # (B, stem, H, W)
+        x = F.gelu(self.norm(self.stem(x)))  # (B, stem, H, W)
         outputs = []
         for stage in self.stages:
             x = stage(x)
@@ -275,5 +275,5 @@ def build_model(name: str, config: dict) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of trainable numbers."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """How many numbers its parameters hold, frozen ones too."""
+    return sum(p.numel() for p in model.parameters())

@@ -9,15 +9,17 @@ writes checkpoints and TensorBoard curves to --out-dir.
 """
 
 import torch
+import torch.nn.functional as F
 
 from cli import command, number, run
 from recipe import finish, parse_settings, prepare, recipe_parser
 from training import parameter_groups, train
 
 RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --dataset digits
-    "epochs": 8,
+    "epochs": 16,
     "batch_size": 128,
     "lr": 0.15,
+    "norm_bias_lr": 16.0,
     "warmup": 0.2,
     "weight_decay": 5e-4,
     "label_smoothing": 0.1,
@@ -37,9 +39,24 @@ DIGITS = {"epochs": 10, "batch_size": 32, "lr": 0.05, "flip": False, "ema_decay"
 MODEL_SETTINGS = "stem widths depths".split()  # passed on to the model
 
 
+def whiten(model, images: torch.Tensor) -> None:
+    """Make the stem's filters the principal directions of the images' patches, and freeze them.
+
+    The strongest ones, each with both signs; the norm that follows gives all the same variance
+    (the whitening layer of Jordan 2024, arXiv 2404.00498, sec. 3.2). images (B, 3, H, W).
+    """
+    filters = model.stem.weight  # (stem, 3, 3, 3)
+    patches = F.unfold(images.contiguous(), filters.shape[2:]).transpose(1, 2).flatten(0, 1)
+    _, directions = torch.linalg.eigh(patches.T @ patches)  # columns, the strongest last
+    strongest = directions.T.flip(0)[: (len(filters) + 1) // 2].view(-1, *filters.shape[1:])
+    with torch.no_grad():
+        filters.copy_(torch.cat([strongest, -strongest])[: len(filters)])
+    filters.requires_grad_(False)
+
+
 def make_optimizer(model, settings) -> torch.optim.Optimizer:
     """Stochastic gradient descent with Nesterov's momentum."""
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings.weight_decay, settings.norm_bias_lr)
     return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
 
 
@@ -47,7 +64,10 @@ def make_optimizer(model, settings) -> torch.optim.Optimizer:
 def main(argv=None):
     parser = recipe_parser(__doc__, BEST, DIGITS)
     group = parser.add_argument_group("CNN")
-    group.add_argument("--stem", type=number(int, 1), metavar="N", help="channels at full size")
+    group.add_argument("--norm-bias-lr", type=number(float, 0), metavar="X",
+                       help="rate of the norms' biases, as a multiple of --lr")  # fmt: skip
+    group.add_argument("--stem", type=number(int, 1, 54), metavar="N",
+                       help="channels at full size")  # fmt: skip
     group.add_argument("--widths", type=number(int, 1), nargs="+", metavar="N",
                        help="channels of each stage; every stage halves the image")  # fmt: skip
     group.add_argument("--depths", type=number(int, 0), nargs="+", metavar="N",
@@ -56,6 +76,7 @@ def main(argv=None):
     settings, resumed = parse_settings(parser, argv, "cnn", BEST, DIGITS)
 
     model, train_batches, val_batches, card = prepare(settings, "cnn", MODEL_SETTINGS, resumed)
+    whiten(model, next(iter(train_batches))[0])
     optimizer = make_optimizer(model, settings)
     state = train(
         model, optimizer, train_batches, val_batches, settings=settings, card=card, resumed=resumed

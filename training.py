@@ -78,7 +78,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             # 2. Learning rate: a function of the step, so a scheduler has nothing to remember.
             lr = lr_at(step, total_steps, settings.warmup, settings.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1)
 
             # 3. Forward, in half precision where that is faster (autocast picks where it is safe).
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
@@ -229,13 +229,25 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for the matrices and filters only: not for norms, biases, class token, positions."""
-    decayed, free = [], []
+def parameter_groups(model: nn.Module, weight_decay: float, norm_bias_lr: float = 1) -> list[dict]:
+    """Groups for an optimizer: matrices and filters; the norms' biases; all the rest.
+
+    Only the first decay: not norms, biases, class token, positions. The second learn
+    `norm_bias_lr` times as fast as all others (Jordan 2024, arXiv 2404.00498, sec. 3.4).
+    """
+    decayed, norm_biases, rest = [], [], []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and name not in ("class_token", "positions")
-        (decayed if matrix else free).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0}]
+        if parameter.ndim >= 2 and name not in ("class_token", "positions"):
+            decayed.append(parameter)
+        elif "norm" in name and name.endswith("bias"):
+            norm_biases.append(parameter)
+        else:
+            rest.append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": norm_biases, "weight_decay": 0, "lr_scale": norm_bias_lr},
+        {"params": rest, "weight_decay": 0},
+    ]
 
 
 # ---------------------------------------------------------------- what is logged

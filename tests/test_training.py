@@ -62,14 +62,18 @@ def test_amp_chosen():
 
 def test_decay_spares_norms_biases_and_positions():
     model = ViT(dim=16, depth=1, heads=2, patch_size=8)
-    decayed, free = training.parameter_groups(model, 0.1)
+    decayed, norm_biases, rest = training.parameter_groups(model, 0.1, 16)
     names = {id(p): n for n, p in model.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {
         "patchify.weight", "head.weight", "blocks.0.attention.qkv.weight",
         "blocks.0.attention.project.weight", "blocks.0.mlp.0.weight", "blocks.0.mlp.2.weight",
     }  # fmt: skip
-    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    assert {names[id(p)] for p in norm_biases["params"]} == {
+        "blocks.0.norm1.bias", "blocks.0.norm2.bias", "norm.bias",
+    }  # fmt: skip
+    assert decayed["weight_decay"] == 0.1 and norm_biases["weight_decay"] == 0
+    assert norm_biases["lr_scale"] == 16 and rest["weight_decay"] == 0
+    assert sum(len(group["params"]) for group in (decayed, norm_biases, rest)) == len(names)
 
 
 def history_but_times(checkpoint):
