@@ -1,85 +1,63 @@
-"""What each ingredient brings: the recipe with one thing changed, trained for a few epochs.
+"""What each ingredient brings: a network with one thing added, trained for a few epochs.
 
-    python benchmarks/ablation.py cnn --epochs 3 --data-dir data/cifar10-jpeg --variants recipe gelu
+    python benchmarks/ablation.py cnn --data-dir data/cifar10-jpeg --epochs 3
+    python benchmarks/ablation.py vit --data-dir data/cifar10-jpeg --epochs 1 --variants recipe muon
 
-Every run has the same data, split, seed and number of epochs, so the same number of steps.
-Prints validation accuracy and training seconds of each variant, beside the recipe's own, and
-appends them to benchmarks/results/ablation.jsonl. The test split is not looked at.
+Every run has the same data, split, seed and number of epochs. Prints validation accuracy and
+training seconds of each variant and appends them to benchmarks/results/ablation.jsonl. The test
+split is not looked at. `plain` is what the ingredients are added to, `recipe` what the script
+trains; the functions below say what each of the others changes.
 """
 
 import argparse
-import json
-import sys
-import tempfile
+import functools
+import itertools
+import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
+from common import DEVICE, SCRIPTS, append, new_model, recipe_settings, train_for
+from torch import nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import models
+import train_cnn
+from batches import Batches, Taught
+from checkpoint import load_model
+from data import load_data
+from recipe import make_batches
+from training import parameter_groups
 
-import models  # noqa: E402
-import train_cnn  # noqa: E402
-from batches import Batches  # noqa: E402
-from data import load_data  # noqa: E402
-from recipe import make_batches  # noqa: E402
-from training import parameter_groups, train  # noqa: E402
-
-# ---------------------------------------------------------------- CNN
+# ---------------------------------------------------------------- networks: model, batches -> None
 
 
-def replace_relu(activation):
-    """The CNN with another activation: `models.F.relu` is looked up at each call."""
+def activation(function):
+    """The CNN's activation: `models.F.gelu` is looked up at each call."""
 
-    def change(model, settings):
-        class Functional:
-            relu = staticmethod(activation)
-            max_pool2d = staticmethod(F.max_pool2d)
-
-        models.F = Functional
-        return model
+    def change(model, batches):
+        models.F = types.SimpleNamespace(**vars(F) | {"gelu": function})
 
     return change
 
 
-def principal_patches(images, size: int, count: int):
-    """The first `count` principal directions of `size`×`size` patches, (count, 3, size, size)."""
-    patches = F.unfold(images.contiguous(), size).transpose(1, 2).reshape(-1, 3 * size * size)
-    covariance = patches.T @ patches / len(patches)
-    directions = torch.linalg.eigh(covariance)[1].flip(1)[:, :count]
-    return directions.T.reshape(count, 3, size, size)
+relu, silu = activation(F.relu), activation(F.silu)
 
 
-def pca_stem(model, settings):
-    """Start the stem as the patches' principal directions, each with both signs."""
-    images, _ = next(iter(settings.batches))
-    half = principal_patches(images, 3, settings.stem // 2)
-    model.stem.weight.data = torch.cat([half, -half]).to(memory_format=torch.channels_last)
-    return model
+def whitened_stem(model, batches):
+    train_cnn.whiten(model, next(iter(batches))[0])
 
 
-def frozen_pca_stem(model, settings):
-    """The same, and not trained (airbench's whitening layer, with batch norm for its scale)."""
-    pca_stem(model, settings).stem.weight.requires_grad_(False)
-    return model
+def whitened_start(model, batches):
+    """The stem starts as the whitening filters, and is trained."""
+    whitened_stem(model, batches)
+    model.stem.weight.requires_grad_(True)
 
 
-def zero_last_norm(model, settings):
+def zero_last_norm(model, batches):
     """Residual blocks start as the identity (Goyal et al. 2017, sec. 5.1)."""
     for module in model.modules():
         if isinstance(module, models.ResidualBlock):
             nn.init.zeros_(module.norm2.weight)
-    return model
-
-
-def dirac(model, settings):
-    """Convolutions start as the identity on their first input channels (airbench)."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and name != "stem":
-            nn.init.dirac_(module.weight[: module.in_channels].data)
-    return model
 
 
 class SqueezeExcitation(nn.Module):
@@ -95,160 +73,216 @@ class SqueezeExcitation(nn.Module):
         return x * weights[:, :, None, None]
 
 
-def squeeze_excitation(model, settings):
+def squeeze_excitation(model, batches):
     for module in model.modules():
         if isinstance(module, models.ResidualBlock):
-            module.norm2 = nn.Sequential(module.norm2, SqueezeExcitation(module.norm2.num_features))
-    return model
+            scale = SqueezeExcitation(module.norm2.num_features).to(DEVICE)
+            module.norm2 = nn.Sequential(module.norm2, scale)
 
 
-class SeparableBlock(nn.Module):
-    """Pre-activation, depthwise 5×5, pointwise (separable-resnet's V2, written from its text)."""
+def alternating_flip(model, batches):
+    """Each image is mirrored in every second epoch, which ones first by chance (airbench)."""
+    first = torch.rand(len(batches.split), generator=torch.Generator().manual_seed(0)) < 0.5
+    epochs = itertools.count()
+    begin, rows_of = Batches.__iter__, batches._on_device
 
-    def __init__(self, ins: int, outs: int, stride: int):
+    class Alternating(Batches):
+        def __iter__(self):
+            self.mirrored = first ^ bool(next(epochs) % 2)
+            return begin(self)
+
+        def _on_device(self, rows):
+            images, labels = rows_of(rows)
+            mirrored = self.mirrored[rows].to(images.device)[:, None, None, None]
+            return torch.where(mirrored, images.flip(3), images), labels
+
+    batches.flip, batches.__class__ = False, Alternating
+
+
+class NormedAttention(models.Attention):
+    """Queries and keys normalised per head (QK-norm, Dehghani et al. 2023, arXiv 2302.05442)."""
+
+    def forward(self, x, return_attention: bool = False):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = (self.scale[i] * F.layer_norm(t, t.shape[-1:]) for i, t in enumerate((q, k)))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.project(out.transpose(1, 2).reshape(B, N, D))
+
+
+def qk_norm(model, batches):
+    for block in model.blocks:
+        attention = block.attention
+        attention.__class__ = NormedAttention
+        width = attention.project.in_features // attention.heads
+        attention.scale = nn.Parameter(torch.ones(2, 1, 1, width, device=DEVICE))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel, small at first (Touvron et al. 2021, arXiv 2103.17239)."""
+
+    def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.BatchNorm2d(ins)
-        self.depthwise = nn.Conv2d(ins, ins, 5, stride, 2, groups=ins, bias=False)
-        self.norm2 = nn.BatchNorm2d(ins)
-        self.pointwise = nn.Conv2d(ins, outs, 1, bias=False)
-        self.shortcut = stride == 1 and ins == outs
+        self.scale = nn.Parameter(torch.full((dim,), 0.1))
 
     def forward(self, x):
-        y = self.pointwise(self.norm2(self.depthwise(F.gelu(self.norm(x)))))
-        return x + y if self.shortcut else y
+        return x * self.scale
 
 
-def separable(model, settings):
-    """Depthwise-separable pre-activation net at the budget: 64, 128, 256 wide, 9, 6, 2 deep."""
-    layers, ins = [nn.Conv2d(3, 64, 3, padding=1, bias=False)], 64
-    for stage, (width, depth) in enumerate([(64, 9), (128, 6), (256, 2)]):
-        for block in range(depth):
-            layers.append(SeparableBlock(ins, width, 2 if stage and not block else 1))
-            ins = width
-    layers += [nn.BatchNorm2d(ins), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(ins, 10))
+def layer_scale(model, batches):
+    for block in model.blocks:
+        dim = block.attention.project.out_features
+        for parent, name in ((block.attention, "project"), (block, "mlp")):
+            scaled = nn.Sequential(getattr(parent, name), LayerScale(dim).to(DEVICE))
+            setattr(parent, name, scaled)
 
 
-class AlternatingFlip(Batches):
-    """Each image is mirrored in every second epoch, which ones first by chance (airbench)."""
+@torch.no_grad()
+def mimetic(model, batches):
+    """Attention starts as if trained: W_q W_k^T near .7 I, W_o W_v near -.4 I.
 
-    epoch = 0
+    Trockman and Kolter 2023 (arXiv 2305.09828), sec. 3.
+    """
+    for block in model.blocks:
+        attention = block.attention
+        dim, heads = attention.project.in_features, attention.heads
+        width, eye = dim // heads, torch.eye(dim, device=DEVICE)
+        q, k, v = attention.qkv.weight.view(3, heads, width, dim)
+        noise = functools.partial(torch.randn, dim, dim, device=DEVICE)
+        for head in range(heads):
+            u, s, vt = torch.linalg.svd(0.7 * noise() / dim**0.5 + 0.7 * eye)
+            root = s[:width].sqrt()[:, None]
+            q[head], k[head] = root * u.T[:width], root * vt[:width]
+        u, s, vt = torch.linalg.svd(0.4 * noise() / dim**0.5 - 0.4 * eye)
+        attention.project.weight.copy_(u * s.sqrt())
+        v.copy_((s.sqrt()[:, None] * vt).view(heads, width, dim))
 
-    def __iter__(self):
-        first = torch.rand(len(self.split), generator=torch.Generator().manual_seed(0)) < 0.5
-        flipped = first ^ bool(self.epoch % 2)
-        self.epoch += 1
-        rows = self.split.rows
-        del rows
-        self._flipped = flipped
-        yield from super().__iter__()
 
-    def _on_device(self, rows):
-        images, labels = super()._on_device(rows)
-        mirrored = self._flipped[rows].to(images.device)[:, None, None, None]
-        return torch.where(mirrored, images.flip(3), images), labels
+# ---------------------------------------------------------------- optimizers: model, settings
 
 
-def faster_biases(factor):
-    """Norms' biases learn `factor` times faster (airbench)."""
+def muon(lr):
+    """Muon for the blocks' matrices, AdamW for all the rest, at rates that keep their ratio."""
 
     def make_optimizer(model, settings):
+        matrices = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim > 1]
+        chosen = {id(p) for p in matrices}
         groups = parameter_groups(model, settings.weight_decay)
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        biases = {id(m.bias) for m in norms}
-        fast = [p for p in groups[1]["params"] if id(p) in biases]
-        groups[1]["params"] = [p for p in groups[1]["params"] if id(p) not in biases]
-        groups.append({"params": fast, "weight_decay": 0, "factor": factor})
-        optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        adamw = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+        second = torch.optim.Muon(matrices, lr=lr, weight_decay=settings.weight_decay)
 
-        def scale(optimizer, args, kwargs):
-            for group in optimizer.param_groups:
-                group["lr"] *= group.get("factor", 1)
+        def step(optimizer, args, kwargs):
+            for group in second.param_groups:
+                group["lr"] = lr * optimizer.param_groups[0]["lr"] / settings.lr
+            second.step()
+            second.zero_grad()
 
-        optimizer.register_step_pre_hook(scale)
-        return optimizer
+        adamw.register_step_pre_hook(step)
+        return adamw
 
     return make_optimizer
 
 
-CNN = {
-    "recipe": {},
-    "gelu": {"model": replace_relu(F.gelu)},
-    "silu": {"model": replace_relu(F.silu)},
-    "pca-stem": {"model": pca_stem},
-    "frozen-pca-stem": {"model": frozen_pca_stem},
-    "stem-24-pca": {"model": pca_stem, "settings": {"stem": 24}},
-    "zero-last-norm": {"model": zero_last_norm},
-    "dirac": {"model": dirac},
-    "squeeze-excitation": {"model": squeeze_excitation},
-    "separable-5x5": {"model": separable},
-    "alternating-flip": {"batches": AlternatingFlip, "settings": {"flip": False}},
-    "bias-lr-16": {"optimizer": faster_biases(16)},
-    "label-smoothing-0": {"settings": {"label_smoothing": 0.0}},
-    "label-smoothing-.2": {"settings": {"label_smoothing": 0.2}},
-    "erase-8": {"settings": {"erase": 8}},
-    "no-ema": {"settings": {"ema_decay": 0.0}},
-    "lr-.08": {"settings": {"lr": 0.08}},
-    "lr-.3": {"settings": {"lr": 0.3}},
-    "batch-64": {"settings": {"batch_size": 64, "lr": 0.1}},
-    "no-shift": {"settings": {"shift": 0}},
+# ---------------------------------------------------------------- what is compared
+
+
+def plain(*changes, **settings) -> dict:
+    """The CNN without what the recipe took from this table, and the changes."""
+    return {"model": changes or [relu], "settings": {"norm_bias_lr": 1.0} | settings}
+
+
+VARIANTS = {
+    "cnn": {
+        "plain": plain(),
+        "gelu": plain(activation(F.gelu)),
+        "silu": plain(silu),
+        "whitened-start": plain(relu, whitened_start),
+        "whitened-stem": plain(relu, whitened_stem),
+        "norm-bias-lr-16": plain(norm_bias_lr=16.0),
+        "zero-last-norm": plain(relu, zero_last_norm),
+        "squeeze-excitation": plain(relu, squeeze_excitation),
+        "alternating-flip": plain(relu, alternating_flip),
+        "label-smoothing-.2": plain(label_smoothing=0.2),
+        "lr-.3": plain(lr=0.3),
+        "batch-64": plain(batch_size=64, lr=0.1),
+        "gelu, norm-bias-lr-16": plain(activation(F.gelu), norm_bias_lr=16.0),
+        "recipe": {"model": [whitened_stem]},
+        "recipe, no average": {"model": [whitened_stem], "settings": {"ema_decay": 0.0}},
+        "recipe, erase 8": {"model": [whitened_stem], "settings": {"erase": 8}},
+        "recipe, mix": {"model": [whitened_stem], "settings": {"mix": 0.5}},
+        "recipe, auto-augment": {"model": [whitened_stem], "settings": {"auto_augment": True}},
+    },
+    "vit": {
+        "recipe": {},
+        "mimetic": {"model": [mimetic]},
+        "qk-norm": {"model": [qk_norm]},
+        "layer-scale": {"model": [layer_scale]},
+        "muon-.01": {"optimizer": muon(0.01)},
+        "muon-.02": {"optimizer": muon(0.02)},
+        "muon-.04": {"optimizer": muon(0.04)},
+        "lr-2e-3": {"settings": {"lr": 2e-3}},
+        "batch-64": {"settings": {"batch_size": 64}},
+        "depth-9": {"settings": {"depth": 9}},
+        "no average": {"settings": {"ema_decay": 0.0}},
+        "drop-path-.1": {"settings": {"drop_path": 0.1}},
+        "mix": {"settings": {"mix": 0.5}},
+        "auto-augment": {"settings": {"auto_augment": True}},
+        "teacher, soft": {"hard": False},
+        "teacher, hard": {"hard": True},
+    },
 }
 
 
-def run(variant: dict, args, data, script) -> dict:
+def run(name: str, variant: dict, args, data) -> dict:
     """Train one variant; returns what is worth keeping of it."""
-    settings = argparse.Namespace(**script.RECIPE, seed=args.seed, amp="auto", limit_batches=None)
-    vars(settings).update(variant.get("settings", {}))
-    settings.epochs, settings.limit_batches = args.epochs, args.limit_batches
-    device = torch.device(args.device)
-    settings.batches, val_batches = make_batches(data, settings, device)
-    if "batches" in variant:
-        settings.batches.__class__ = variant["batches"]
+    changes = {"epochs": args.epochs, "seed": args.seed, "limit_batches": args.limit_batches}
+    settings = recipe_settings(name, **changes | variant.get("settings", {}))
+    batches, val_batches = make_batches(data, settings, DEVICE)
+    model = new_model(name, settings)
     models.F = F
-    torch.manual_seed(args.seed)
-    config = {key: getattr(settings, key) for key in script.MODEL_SETTINGS}
-    model = models.build_model(script.__name__.removeprefix("train_"), config)
-    if "model" in variant:
-        model = variant["model"](model, settings)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = variant.get("optimizer", script.make_optimizer)(model, settings)
-    batches = vars(settings).pop("batches")
-    card = dict.fromkeys(
-        "model_name model_config settings classes mean std dataset versions".split()
-    )
-    with tempfile.TemporaryDirectory() as settings.out_dir:
-        state = train(model, optimizer, batches, val_batches, settings=settings, card=card)
+    for change in variant.get("model", ()):
+        change(model, batches)
+    if "hard" in variant:
+        batches = Taught(batches, load_model(args.teacher, DEVICE)[0], variant["hard"])
+    optimizer = variant.get("optimizer", SCRIPTS[name].make_optimizer)(model, settings)
+    history = train_for(model, optimizer, batches, val_batches, vars(settings))
+    models.F = F
     return {
-        "val_accuracy": [round(row["val_accuracy"], 4) for row in state["history"]],
-        "train_accuracy": round(state["history"][-1]["train_accuracy"], 4),
-        "seconds": round(state["history"][-1]["seconds"], 1),
+        "val_accuracy": [round(row["val_accuracy"], 4) for row in history],
+        "train_accuracy": round(history[-1]["train_accuracy"], 4),
+        "seconds": round(history[-1]["seconds"], 1),
         "parameters": models.count_parameters(model),
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("network", choices=("cnn",))
-    parser.add_argument("--variants", nargs="+")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("network", choices=SCRIPTS)
+    parser.add_argument("--variants", nargs="+", help="default: all")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, default=Path("pretrained/cnn.pt"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--limit-batches", type=int)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/ablation.jsonl")
+    parser.add_argument("--results", default="ablation.jsonl", help="in benchmarks/results")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    data = load_data("folder", args.data_dir)
-    for name in args.variants or CNN:
+    data, rows = load_data("folder", args.data_dir), []
+    for name in args.variants or VARIANTS[args.network]:
         print(f"== {name}", flush=True)
-        result = run(CNN[name], args, data, train_cnn)
-        line = {"network": args.network, "variant": name, "epochs": args.epochs, "seed": args.seed}
-        line |= result | {"threads": torch.get_num_threads(), "device": args.device}
-        print(json.dumps(line), flush=True)
-        with args.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        result = run(args.network, VARIANTS[args.network][name], args, data)
+        rows.append((name, result))
+        steps = {"epochs": args.epochs, "limit_batches": args.limit_batches, "seed": args.seed}
+        append(args.results, {"network": args.network, "variant": name} | steps | result)
+    print(f"\n{'variant':26}{'val accuracy':>14}{'seconds':>10}")
+    for name, result in rows:
+        print(f"{name:26}{result['val_accuracy'][-1]:14.2%}{result['seconds']:10.1f}")
 
 
 if __name__ == "__main__":
