@@ -44,21 +44,26 @@ def train_for(model, optimizer, train_batches, val_batches, settings: dict, **ch
 
 
 def new_model(name: str, settings):
-    """The recipe's network on the device, and its optimizer."""
+    """The recipe's network, on the device."""
     script = SCRIPTS[name]
     torch.manual_seed(settings.seed)
     model = build_model(name, {key: getattr(settings, key) for key in script.MODEL_SETTINGS})
     return model.to(DEVICE, memory_format=torch.channels_last)
 
 
+def new_training(name: str, settings, images):
+    """The recipe's network, started as its script does with a batch of images, and its optimizer."""
+    model = new_model(name, settings)
+    if name == "cnn":
+        train_cnn.whiten(model, images)
+    return model, SCRIPTS[name].make_optimizer(model, settings)
+
+
 def run_recipe(name: str, data, **changes) -> tuple[float, int]:
     """One epoch of a recipe without validation; seconds and images."""
     settings = recipe_settings(name, epochs=1, **changes)
     batches, _ = make_batches(data, settings, DEVICE)
-    model = new_model(name, settings)
-    if name == "cnn":
-        train_cnn.whiten(model, next(iter(batches))[0])
-    optimizer = SCRIPTS[name].make_optimizer(model, settings)
+    model, optimizer = new_training(name, settings, next(iter(batches))[0])
     row = train_for(model, optimizer, batches, None, vars(settings))[0]
     return row["seconds"], row["step"] * settings.batch_size
 

@@ -1,7 +1,7 @@
 """Images per second of the training loop, against the bare arithmetic of the device.
 
-    python benchmarks/throughput.py cnn --steps 15 --rounds 5       the recipe's network and batch, on noise
-    python benchmarks/throughput.py vit --compile --peak            on a GPU
+    python benchmarks/throughput.py cnn --steps 15 --rounds 5    on noise, the recipe's batch size
+    python benchmarks/throughput.py vit --compile --peak         on a GPU
 
 Times in one process, in turn, several rounds of the same number of steps:
 
@@ -22,7 +22,15 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import DEVICE, SCRIPTS, append, new_model, recipe_settings, train_for
+from common import (
+    DEVICE,
+    SCRIPTS,
+    append,
+    new_model,
+    new_training,
+    recipe_settings,
+    train_for,
+)  # fmt: skip
 from torch.utils.flop_counter import FlopCounterMode
 
 from batches import Batches
@@ -96,8 +104,7 @@ def measure(name: str, steps: int, rounds: int, compiled: bool, peak: bool) -> d
     one = next(iter(batches))
 
     def fresh(compiled):
-        model = new_model(name, settings)
-        optimizer = SCRIPTS[name].make_optimizer(model, settings)
+        model, optimizer = new_training(name, settings, one[0])
         if compiled:
             model.compile()
         return model, optimizer
@@ -114,9 +121,8 @@ def measure(name: str, steps: int, rounds: int, compiled: bool, peak: bool) -> d
 
     ways = {"bare": bare, "loop": loop(OneBatch(one, steps)), "batches": loop(batches)}
     ways["auto-augment"] = loop(augmented)
-    runs = {
-        (way, c): f for way, f in ways.items() for c in ([False, True] if compiled else [False])
-    }
+    both = (False, True) if compiled else (False,)
+    runs = {(way, c): timed for way, timed in ways.items() for c in both}
     seconds = {key: [] for key in runs}
     for turn in range(rounds + 1):
         for key, timed in runs.items():
