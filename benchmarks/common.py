@@ -52,7 +52,7 @@ def new_model(name: str, settings):
 
 
 def new_training(name: str, settings, images):
-    """The recipe's network, started as its script does with a batch of images, and its optimizer."""
+    """The recipe's network, started as its script does with some images, and its optimizer."""
     model = new_model(name, settings)
     if name == "cnn":
         train_cnn.whiten(model, images)

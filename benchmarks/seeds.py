@@ -1,6 +1,6 @@
-"""Accuracy over seeds, and the training time to a given validation accuracy.
+r"""Accuracy over seeds, and the training time to a given validation accuracy.
 
-    python benchmarks/seeds.py cnn --seeds 0 1 2 --target .831 -- \\
+    python benchmarks/seeds.py cnn --seeds 0 1 2 --target .831 -- \
         --dataset folder --data-dir data/cifar10-jpeg
 
 Runs train_cnn.py or train_vit.py once a seed, with what follows `--` as its flags, and measures

@@ -1,0 +1,150 @@
+r"""All that is to be measured on a GPU, in three parts of at most eight minutes on one H100.
+
+    python benchmarks/gpu.py --part 1 --data-dir data/cifar10-jpeg --out-dir gpu
+    python benchmarks/gpu.py --part 1 --data-dir data/cifar10-jpeg --out-dir try --tiny
+
+1. Images per second, share of the matrix peak, torch.compile on and off; the fast recipes over
+   three seeds, one after the other: time to 90% (CNN) and 71.1% (ViT) validation accuracy, at the
+   recipe's batch size and at a larger one.
+2. The best CNN recipe over three seeds, beside separable-resnet's for as many epochs.
+3. The best ViT recipe over three seeds, beside Gani et al.'s for as many epochs.
+
+In parts 2 and 3 the trainings share the GPU, so their times are no measure of speed. What is not
+finished when the time is up is stopped, and what it has reached is measured. Logs, a JSON file a
+part and weights in half precision are written to --out-dir, the table is printed last. --tiny:
+three steps each, to try the script out on a CPU.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = (0, 1, 2)
+LARGE = {
+    "cnn": ["--batch-size", "512", "--lr", "0.4"],
+    "vit": ["--batch-size", "512", "--lr", "2e-3"],
+}
+
+
+def start(name: str, command: list[str], out_dir: Path) -> subprocess.Popen:
+    """A script of ours in a process of its own, its output in <name>.log."""
+    print(f"{name}: python {' '.join(command)}", flush=True)
+    log = (out_dir / f"{name}.log").open("w")
+    command = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def wait(processes: dict[str, subprocess.Popen], deadline: float) -> None:
+    """Until all have ended, or the time is up; then they are told to end."""
+    for name, process in processes.items():
+        try:
+            process.wait(max(deadline - time.time(), 0.1))
+        except subprocess.TimeoutExpired:
+            print(f"{name}: out of time, stopped", flush=True)
+            process.terminate()
+            process.wait()
+        if process.returncode not in (0, 143):
+            print(f"{name}: failed with {process.returncode}; see its log", flush=True)
+
+
+def trained(runs: dict[str, Path], target: float) -> dict:
+    """Each run measured on the test split; what has no checkpoint is left out."""
+    from seeds import measure
+
+    return {
+        name: measure(path / "best.pt", target)
+        for name, path in runs.items()
+        if (path / "best.pt").exists()
+    }
+
+
+def part_1(args, deadline: float) -> dict:
+    few = ["--limit-batches", "3", "--epochs", "2"] if args.tiny else []
+    results = {}
+    for model in ("cnn", "vit"):
+        rounds = ["--steps", "3", "--rounds", "1"] if args.tiny else ["--steps", "100", "--compile"]
+        command = ["benchmarks/throughput.py", model, "--peak", *rounds]
+        wait({model: start(f"throughput-{model}", command, args.out_dir)}, deadline)
+    for model, target in (("cnn", 0.9), ("vit", 0.711)):
+        for kind, flags in (("fast", []), ("fast-512", LARGE[model])):
+            runs = {}
+            for seed in SEEDS[: 1 if args.tiny else None]:
+                name = f"{model}-{kind}-{seed}"
+                runs[name] = args.out_dir / "runs" / name
+                command = [f"train_{model}.py", *args.data, *flags, *few, "--seed", str(seed)]
+                command += ["--out-dir", str(runs[name]), "--overwrite"]
+                wait({name: start(name, command, args.out_dir)}, deadline)
+            results |= trained(runs, target)
+    return results
+
+
+def best_and_peer(args, deadline: float, model: str, peer: str) -> dict:
+    few = ["--limit-batches", "3", "--epochs", "2"] if args.tiny else ["--epochs", str(args.epochs)]
+    runs, peers, processes = {}, {}, {}
+    for seed in SEEDS[: 1 if args.tiny else None]:
+        name = f"{model}-best-{seed}"
+        runs[name] = args.out_dir / "runs" / name
+        command = [f"train_{model}.py", *args.data, *few, "--recipe", "best", "--seed", str(seed)]
+        command += ["--out-dir", str(runs[name]), "--overwrite"]
+        processes[name] = start(name, command, args.out_dir)
+        name = f"{peer}-peer-{seed}"
+        peers[name] = args.out_dir / f"{name}.json"
+        command = ["benchmarks/train_peer.py", peer, *args.data[2:], *few, "--seed", str(seed)]
+        command += ["--out", str(peers[name])]
+        processes[name] = start(name, command, args.out_dir)
+    wait(processes, deadline)
+    results = trained(runs, 0.9)
+    for name, path in runs.items():
+        if name in results:
+            weights = args.out_dir / f"{name}.pt"
+            weights.unlink(missing_ok=True)
+            command = ["checkpoint.py", str(path / "best.pt"), str(weights)]
+            start(f"export-{name}", command, args.out_dir).wait()
+    return results | {n: json.loads(p.read_text()) for n, p in peers.items() if p.exists()}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", type=int, choices=(1, 2, 3), required=True)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--out-dir", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=60, help="of parts 2 and 3")
+    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    args.data = ["--dataset", "folder", "--data-dir", args.data_dir]
+    deadline = time.time() + 60 * args.minutes
+    if args.part == 1:
+        results = part_1(args, deadline)
+    else:
+        pair = ("cnn", "separable") if args.part == 2 else ("vit", "vit")
+        results = best_and_peer(args, deadline, *pair)
+    (args.out_dir / f"part{args.part}.json").write_text(json.dumps(results, indent=1))
+
+    for log in sorted(args.out_dir.glob("throughput-*.log")) if args.part == 1 else ():
+        print(log.read_text())
+    print(f"{'run':20}{'test':>9}{'validation':>12}{'seconds':>10}{'to target':>11}")
+    for name, row in results.items():
+        to = row.get("seconds_to_target")
+        print(
+            f"{name:20}{row['test_accuracy']:9.2%}{row['val_accuracy']:12.2%}{row['seconds']:10.1f}"
+            f"{'-' if to is None else to:>11}"
+        )
+    kinds = {}
+    for name, row in results.items():
+        kinds.setdefault(name.rsplit("-", 1)[0], []).append(row["test_accuracy"])
+    for kind, tests in kinds.items():
+        if len(tests) > 1:
+            print(f"{kind:20}{statistics.mean(tests):9.2%} ± {statistics.stdev(tests):.2%}")
+
+
+if __name__ == "__main__":
+    main()
