@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
-LARGE = {
+LARGE_BATCH = {
     "cnn": ["--batch-size", "512", "--lr", "0.4"],
     "vit": ["--batch-size", "512", "--lr", "2e-3"],
 }
@@ -71,7 +71,7 @@ def part_1(args, deadline: float) -> dict:
         command = ["benchmarks/throughput.py", model, "--peak", *rounds]
         wait({model: start(f"throughput-{model}", command, args.out_dir)}, deadline)
     for model, target in (("cnn", 0.9), ("vit", 0.711)):
-        for kind, flags in (("fast", []), ("fast-512", LARGE[model])):
+        for kind, flags in (("fast", []), ("fast-512", LARGE_BATCH[model])):
             runs = {}
             for seed in SEEDS[: 1 if args.tiny else None]:
                 name = f"{model}-{kind}-{seed}"
