@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_CNN, TINY_VIT
@@ -74,6 +75,21 @@ def test_decay_spares_norms_biases_and_positions():
     assert decayed["weight_decay"] == 0.1 and norm_biases["weight_decay"] == 0
     assert norm_biases["lr_scale"] == 16 and rest["weight_decay"] == 0
     assert sum(len(group["params"]) for group in (decayed, norm_biases, rest)) == len(names)
+
+
+@pytest.mark.parametrize("stem", [6, 5])
+def test_stem_gives_the_principal_components_of_patches_and_is_frozen(stem):
+    """Against NumPy's singular values of all patches, cut out one by one."""
+    images = torch.nn.functional.avg_pool2d(torch.randn(8, 3, 12, 12), 3, stride=1)
+    model = CNN(stem=stem, widths=(8,), depths=(0,))
+    train_cnn.whiten(model, images)
+    patches = [images[:, :, y : y + 3, x : x + 3].flatten(1) for y in range(8) for x in range(8)]
+    singular = np.linalg.svd(torch.cat(patches).numpy(), compute_uv=False)[:3]
+    filters = model.stem.weight
+    components = torch.nn.functional.conv2d(images, filters[:3]).transpose(0, 1).flatten(1)
+    expected = torch.tensor(singular**2).diag()
+    torch.testing.assert_close(components @ components.T, expected, atol=1e-3, rtol=1e-4)
+    assert torch.equal(filters[3:], -filters[: stem - 3]) and not filters.requires_grad
 
 
 def history_but_times(checkpoint):
