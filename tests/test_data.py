@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -300,3 +301,28 @@ def test_folder_whose_splits_differ_is_refused(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / path / "0.png")
     with pytest.raises(UserError, match=r"class 'c', which .* lacks"):
         load_data("folder", tmp_path)
+
+
+def test_jpeg_copy_keeps_order_and_classes(tmp_path, monkeypatch):
+    """benchmarks/make_jpeg_copy.py: what it wrote is what Pillow's default JPEG makes of it."""
+    import io
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from make_jpeg_copy import write_copy
+
+    class Source(list):
+        classes = ("cat", "dog")
+
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in "1234"]
+    write_copy(Source(zip(pictures, (1, 0, 1, 1), strict=True)), tmp_path)
+    written = ("dog/0000.jpg", "cat/0000.jpg", "dog/0001.jpg", "dog/0002.jpg")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.jpg")) == sorted(
+        written
+    )
+    for picture, name in zip(pictures, written, strict=True):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=75)
+        assert np.array_equal(
+            np.asarray(Image.open(buffer)), np.asarray(Image.open(tmp_path / name))
+        )
