@@ -65,7 +65,7 @@ class Batches:
             images, labels = self._on_device(rows)
             images = flip_and_shift(images, draws, flip=self.flip, shift=self.shift)
             with torch.random.fork_rng(devices=[]):  # torchvision's draw from the global generator
-                torch.default_generator.manual_seed(seed + 1 + step)
+                torch.default_generator.manual_seed(seed + 1 + len(self) + step)
                 if self.auto_augment:
                     images = trivial_augment(images)
                 images = erase_square(normalise(images, self.mean, self.std), draws, self.erase)
@@ -83,6 +83,7 @@ class Taught:
 
     The loss is then the mean of the two cross-entropies: distillation without a token of its own
     (Touvron et al. 2021, arXiv 2012.12877; "hard" is eq. 3, "soft" eq. 2 with temperature 1).
+    Label smoothing, where it is on, smooths both.
 
     Args:
         batches: an iterable of `(images, labels)`.

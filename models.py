@@ -79,14 +79,14 @@ class CNN(nn.Module):
                 f"{len(widths)} stages (widths) leave of {image_size} pixels no map of 2×2 or more"
             )
         self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(stem)
+        self.stem_norm = nn.BatchNorm2d(stem)
         ins = (stem, *widths[:-1])
         self.stages = nn.ModuleList(map(Stage, ins, widths, depths))
         self.head = nn.Linear(widths[-1], classes)
 
     def forward_features(self, x, return_intermediates: bool = False):
         """(B, 3, H, W) -> the last map (B, K, h, w); if asked, also the outputs of all stages."""
-        x = F.gelu(self.norm(self.stem(x)))  # (B, stem, H, W)
+        x = F.gelu(self.stem_norm(self.stem(x)))  # (B, stem, H, W)
         outputs = []
         for stage in self.stages:
             x = stage(x)

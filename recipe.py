@@ -95,7 +95,7 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
         if resumed["model_name"] != model_name:
             raise UserError(f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}")
         saved = resumed["settings"]
-        free = {"device", "amp", "data_dir", "out_dir", "resume", "overwrite"}
+        free = {"device", "amp", "data_dir", "teacher", "out_dir", "resume", "overwrite"}
         for key in sorted(set(typed) - free):
             if plain(typed[key]) != saved.get(key):
                 flag = "--" + key.replace("_", "-")
@@ -158,6 +158,10 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
     card = describe_run(data, settings, model_name, model_config)
     train_batches, val_batches = make_batches(data, settings, device)
     if getattr(settings, "teacher", None):
+        if Path(settings.teacher).resolve() in [p.resolve() for p in earlier_run(out_dir)]:
+            raise UserError(
+                f"--teacher {settings.teacher} lies in the out-dir, which is written to"
+            )
         train_batches = Taught(train_batches, load_teacher(settings.teacher, card, device))
     if resumed:
         same_data(card, resumed)
@@ -181,16 +185,16 @@ def in_words(values: dict) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
 
 
-def alike(one: dict, other: dict) -> bool:
-    """Whether two cards name the same classes in the same order, and the same mean and std."""
+def alike(one: dict, other: dict, tolerance: float) -> bool:
+    """Whether two cards name the same classes in the same order, and nearly one mean and std."""
     statistics = [card["mean"] + card["std"] for card in (one, other)]
-    return one["classes"] == other["classes"] and np.allclose(*statistics, rtol=0, atol=1e-4)
+    return one["classes"] == other["classes"] and np.allclose(*statistics, rtol=0, atol=tolerance)
 
 
 def same_data(card: dict, resumed: dict) -> None:
     """Raise UserError if the images are not those that the run to resume was trained on."""
     sizes = [c["dataset"]["sizes"] for c in (card, resumed)]
-    if not alike(card, resumed) or sizes[0] != sizes[1]:
+    if not alike(card, resumed, 1e-4) or sizes[0] != sizes[1]:
         raise UserError(
             "--resume: the images in --data-dir are not those of the run: it had "
             f"{sum(resumed['dataset']['sizes'])} of {len(resumed['classes'])} classes; there are "
@@ -205,7 +209,7 @@ def load_teacher(path: Path, card: dict, device: torch.device) -> torch.nn.Modul
         UserError: it cannot be read, or was trained on other images.
     """
     teacher, checkpoint = load_model(path, device)
-    if not alike(card, checkpoint):
+    if not alike(card, checkpoint, 0.02):
         raise UserError(
             f"--teacher {path}: it was trained on other images or classes "
             f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): take a "

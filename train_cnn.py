@@ -47,7 +47,7 @@ def whiten(model, images: torch.Tensor) -> None:
     """
     filters = model.stem.weight  # (stem, 3, 3, 3)
     patches = F.unfold(images.contiguous(), filters.shape[2:]).transpose(1, 2).flatten(0, 1)
-    _, directions = torch.linalg.eigh(patches.T @ patches)  # columns, the strongest last
+    _, directions = torch.linalg.eigh((patches.T @ patches).cpu())  # columns, the strongest last
     strongest = directions.T.flip(0)[: (len(filters) + 1) // 2].view(-1, *filters.shape[1:])
     with torch.no_grad():
         filters.copy_(torch.cat([strongest, -strongest])[: len(filters)])

@@ -33,7 +33,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         resumed: the checkpoint to go on from, or None.
 
     Raises:
-        UserError: the loss is no longer a finite number.
+        UserError: the loss is no longer a finite number, or `resumed` does not fit.
     """
     device = next(model.parameters()).device
     out_dir, epochs = Path(settings.out_dir), settings.epochs
@@ -45,8 +45,14 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
     first_epoch, step, best, history = 1, 0, None, []
 
     if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        try:
+            model.load_state_dict(resumed["model"])
+            optimizer.load_state_dict(resumed["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--resume: {out_dir}/last.pt is not of this version ({line})"
+            ) from None
         if resumed["scaler"]:  # empty where float16 was not used
             scaler.load_state_dict(resumed["scaler"])
         if ema:
@@ -191,7 +197,7 @@ def update_average(ema: nn.Module, model: nn.Module, step: int, decay: float) ->
 
 @torch.no_grad()
 def validate(model, batches, settings, amp_dtype=None) -> tuple[float | None, float | None]:
-    """Loss (the training's own, so that the curves compare) and accuracy over `batches`."""
+    """Loss (smoothed like the training's, so that the curves compare) and accuracy."""
     if not batches:
         return None, None
     model.eval()
