@@ -9,7 +9,6 @@ split is not looked at. `plain` is what the ingredients are added to, `recipe` w
 trains; the functions below say what each of the others changes.
 """
 
-import argparse
 import functools
 import itertools
 import types
@@ -17,13 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DEVICE, SCRIPTS, append, new_model, recipe_settings, train_for
+from common import DEVICE, RESULTS, SCRIPTS, append, new_model, recipe_settings, train_for
 from torch import nn
 
 import models
 import train_cnn
 from batches import Batches, Taught
 from checkpoint import load_model
+from cli import Parser, UserError, command
 from data import load_data
 from recipe import make_batches
 from training import parameter_groups
@@ -257,10 +257,9 @@ def run(name: str, variant: dict, args, data) -> dict:
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("network", choices=SCRIPTS)
     parser.add_argument("--variants", nargs="+", help="default: all")
     parser.add_argument("--epochs", type=int, default=3)
@@ -269,8 +268,12 @@ def main():
     parser.add_argument("--teacher", type=Path, default=Path("pretrained/cnn.pt"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--limit-batches", type=int)
-    parser.add_argument("--results", default="ablation.jsonl", help="in benchmarks/results")
-    args = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=RESULTS / "ablation.jsonl")
+    args = parser.parse_args(argv)
+    unknown = set(args.variants or ()) - set(VARIANTS[args.network])
+    if unknown:
+        names = ", ".join(VARIANTS[args.network])
+        raise UserError(f"--variants {unknown.pop()!r} is none of: {names}")
     if args.threads:
         torch.set_num_threads(args.threads)
     data, rows = load_data("folder", args.data_dir), []

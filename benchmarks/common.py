@@ -20,6 +20,7 @@ from recipe import make_batches  # noqa: E402
 from training import train  # noqa: E402
 
 SCRIPTS = {"cnn": train_cnn, "vit": train_vit}
+RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CARD = "model_name model_config settings classes mean std dataset versions".split()
 
@@ -68,15 +69,14 @@ def run_recipe(name: str, data, **changes) -> tuple[float, int]:
     return row["seconds"], row["step"] * settings.batch_size
 
 
-def append(file: str, result: dict) -> None:
-    """Add a line to benchmarks/results/`file`, with machine, versions and date."""
+def append(file: Path, result: dict) -> None:
+    """Add a line to a file of results, with machine, versions and date."""
     result |= {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "date": str(datetime.date.today()),
     }
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    with (results / file).open("a") as lines:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
         lines.write(json.dumps(result) + "\n")

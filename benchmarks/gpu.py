@@ -17,6 +17,7 @@ three steps each, to try the script out on a CPU.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data import load_data  # noqa: E402
+
 SEEDS = (0, 1, 2)
 LARGE_BATCH = {
     "cnn": ["--batch-size", "512", "--lr", "0.4"],
@@ -32,7 +37,10 @@ LARGE_BATCH = {
 
 
 def start(name: str, command: list[str], out_dir: Path) -> subprocess.Popen:
-    """A script of ours in a process of its own, its output in <name>.log."""
+    """A script of ours in a process of its own, its output in <name>.log; old results go."""
+    shutil.rmtree(out_dir / "runs" / name, ignore_errors=True)
+    for suffix in ("json", "pt"):
+        (out_dir / f"{name}.{suffix}").unlink(missing_ok=True)
     print(f"{name}: python {' '.join(command)}", flush=True)
     log = (out_dir / f"{name}.log").open("w")
     command = [sys.executable, str(ROOT / command[0]), *command[1:]]
@@ -67,12 +75,17 @@ def part_1(args, deadline: float) -> dict:
     few = ["--limit-batches", "3", "--epochs", "2"] if args.tiny else []
     results = {}
     for model in ("cnn", "vit"):
-        rounds = ["--steps", "3", "--rounds", "1"] if args.tiny else ["--steps", "100", "--compile"]
+        rounds = (
+            ["--steps", "3", "--rounds", "1"]
+            if args.tiny
+            else ["--steps", "100", "--rounds", "3", "--compile"]
+        )
         command = ["benchmarks/throughput.py", model, "--peak", *rounds]
+        command += ["--results", str(args.out_dir / "throughput.jsonl")]
         wait({model: start(f"throughput-{model}", command, args.out_dir)}, deadline)
-    for model, target in (("cnn", 0.9), ("vit", 0.711)):
-        for kind, flags in (("fast", []), ("fast-512", LARGE_BATCH[model])):
-            runs = {}
+    for kind in ("fast", "fast-512"):
+        for model, target in (("cnn", 0.9), ("vit", 0.711)):
+            flags, runs = (LARGE_BATCH[model] if kind == "fast-512" else []), {}
             for seed in SEEDS[: 1 if args.tiny else None]:
                 name = f"{model}-{kind}-{seed}"
                 runs[name] = args.out_dir / "runs" / name
@@ -102,7 +115,6 @@ def best_and_peer(args, deadline: float, model: str, peer: str) -> dict:
     for name, path in runs.items():
         if name in results:
             weights = args.out_dir / f"{name}.pt"
-            weights.unlink(missing_ok=True)
             command = ["checkpoint.py", str(path / "best.pt"), str(weights)]
             start(f"export-{name}", command, args.out_dir).wait()
     return results | {n: json.loads(p.read_text()) for n, p in peers.items() if p.exists()}
@@ -122,6 +134,7 @@ def main():
     args.out_dir.mkdir(parents=True, exist_ok=True)
     args.data = ["--dataset", "folder", "--data-dir", args.data_dir]
     deadline = time.time() + 60 * args.minutes
+    load_data("folder", args.data_dir)  # decoded once, before several processes want it
     if args.part == 1:
         results = part_1(args, deadline)
     else:
@@ -140,7 +153,10 @@ def main():
         )
     kinds = {}
     for name, row in results.items():
-        kinds.setdefault(name.rsplit("-", 1)[0], []).append(row["test_accuracy"])
+        if row["finished"]:
+            kinds.setdefault(name.rsplit("-", 1)[0], []).append(row["test_accuracy"])
+        else:
+            print(f"{name} was stopped, and counts in no mean")
     for kind, tests in kinds.items():
         if len(tests) > 1:
             print(f"{kind:20}{statistics.mean(tests):9.2%} ± {statistics.stdev(tests):.2%}")

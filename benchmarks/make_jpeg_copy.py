@@ -10,7 +10,6 @@ has the same bytes, the others differ by a grey value here and there. So expect 
 agree within the spread of seeds, not digit for digit.
 """
 
-import argparse
 import collections
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from cli import UserError, command, run
+from cli import Parser, UserError, command, run
 
 
 def write_copy(source, target: Path) -> None:
@@ -36,9 +35,7 @@ def write_copy(source, target: Path) -> None:
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="folder of CIFAR-10 as torchvision keeps it")
     parser.add_argument("target", type=Path, help="folder to make")
     args = parser.parse_args(argv)

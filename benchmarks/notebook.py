@@ -21,7 +21,6 @@ one by one by torchvision's transforms, ModelCheckpoint on validation accuracy. 
 at 1, steps of ×.2 at epochs 10, 20, 30; fp16 on a GPU only.
 """
 
-import argparse
 import json
 import logging
 import statistics
@@ -37,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import lightning  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from common import DEVICE, append, run_recipe, train_for  # noqa: E402
+from common import DEVICE, RESULTS, append, run_recipe, train_for  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 from peers import NotebookCNN, NotebookViT  # noqa: E402
@@ -45,6 +44,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
 from batches import Batches  # noqa: E402
+from cli import Parser, command  # noqa: E402
 from data import load_data  # noqa: E402
 
 BATCH = 64
@@ -150,16 +150,16 @@ def in_our_loop(name: str, batches, steps: int) -> tuple[float, int]:
     return history[0]["seconds"], steps * BATCH
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--model", choices=("cnn", "vit"), default="cnn")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60, help="steps of a timed round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epoch", action="store_true", help="a whole epoch of the notebook's too")
-    args = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=RESULTS / "notebook.jsonl")
+    args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     data = load_data("folder", args.data_dir, val_fraction=0.2)
@@ -197,7 +197,7 @@ def main():
             "seconds_40_epochs": round(40 * seconds),
         }
         print(json.dumps(result["epoch"]))
-    append("notebook.jsonl", result)
+    append(args.results, result)
 
 
 if __name__ == "__main__":

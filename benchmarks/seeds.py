@@ -10,36 +10,40 @@ Prints a row a seed, then mean ± standard deviation (n - 1), and appends all to
 benchmarks/results/seeds.jsonl. Runs are kept under --out-dir; one that is there is only measured.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
-from common import DEVICE, SCRIPTS, append
+from common import DEVICE, RESULTS, SCRIPTS, append
 from sklearn.metrics import accuracy_score
 
 from batches import Batches
-from checkpoint import load_model
+from checkpoint import load_checkpoint, load_model
+from cli import Parser, UserError, command
 from data import load_data_of
 from evaluate import predict
 
 
-def main():
-    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    flags = sys.argv[len(own) + 2 :]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    flags = argv[len(own) + 1 :]
+    parser = Parser(__doc__)
     parser.add_argument("network", choices=SCRIPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target", type=float, required=True, help="validation accuracy, 0 to 1")
     parser.add_argument("--out-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "seeds.jsonl")
     args = parser.parse_args(own)
     rows = []
     for seed in args.seeds:
         run = args.out_dir / f"{args.network}-seed{seed}"
         if not (run / "last.pt").exists():
             SCRIPTS[args.network].main([*flags, "--seed", str(seed), "--out-dir", str(run)])
+        last = load_checkpoint(run / "last.pt")
+        if last["epoch"] < last["settings"]["epochs"]:
+            raise UserError(f"{run} is not finished: go on with it, or remove it")
         rows.append({"seed": seed} | measure(run / "best.pt", args.target))
 
     print(f"{'seed':>4}{'test':>9}{'validation':>12}{'seconds':>10}{f'to {args.target:.1%}':>12}")
@@ -52,7 +56,7 @@ def main():
     tests = [row["test_accuracy"] for row in rows]
     spread = statistics.stdev(tests) if len(tests) > 1 else None
     print(f"test {statistics.mean(tests):.2%}" + (f" ± {spread:.2%}" if spread else ""))
-    append("seeds.jsonl", {
+    append(args.results, {
         "network": args.network, "flags": flags, "target": args.target, "runs": rows,
         "test_mean": round(statistics.mean(tests), 4), "test_std": spread and round(spread, 4),
     })  # fmt: skip
@@ -71,6 +75,7 @@ def measure(path: Path, target: float) -> dict:
         "test_accuracy": accuracy_score(labels, logits.argmax(1)),
         "val_accuracy": checkpoint["best"]["val_accuracy"],
         "epochs": checkpoint["history"][-1]["epoch"],
+        "finished": checkpoint["history"][-1]["epoch"] == checkpoint["settings"]["epochs"],
         "seconds": round(checkpoint["history"][-1]["seconds"], 1),
         "seconds_to_target": round(reached[0], 1) if reached else None,
     }

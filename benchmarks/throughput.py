@@ -16,7 +16,7 @@ that a product of two 8192 × 8192 matrices reaches on the device. Appends the r
 benchmarks/results/throughput.jsonl.
 """
 
-import argparse
+import itertools
 import statistics
 import time
 
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     DEVICE,
+    RESULTS,
     SCRIPTS,
     append,
     new_model,
@@ -34,6 +35,7 @@ from common import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from batches import Batches
+from cli import Parser, command
 from data import Split
 from training import choose_amp
 
@@ -103,32 +105,23 @@ def measure(name: str, steps: int, rounds: int, compiled: bool, peak: bool) -> d
     augmented = Batches(split, size, **common, auto_augment=True, mix=0.5)
     one = next(iter(batches))
 
-    def fresh(compiled):
-        model, optimizer = new_training(name, settings, one[0])
-        if compiled:
-            model.compile()
-        return model, optimizer
-
-    def bare(compiled):
-        return bare_seconds(*fresh(compiled), one, steps)
-
-    def loop(source):
-        def timed(compiled):
-            history = train_for(*fresh(compiled), source, None, vars(settings), epochs=1)
-            return history[0]["seconds"]
-
-        return timed
-
-    ways = {"bare": bare, "loop": loop(OneBatch(one, steps)), "batches": loop(batches)}
-    ways["auto-augment"] = loop(augmented)
-    both = (False, True) if compiled else (False,)
-    runs = {(way, c): timed for way, timed in ways.items() for c in both}
-    seconds = {key: [] for key in runs}
+    sources = {"bare": None, "loop": OneBatch(one, steps)}
+    sources |= {"batches": batches, "auto-augment": augmented}
+    trainings = {}
+    for way, c in itertools.product(sources, (False, True) if compiled else (False,)):
+        trainings[way, c] = new_training(name, settings, one[0])
+        if c:
+            trainings[way, c][0].compile()
+    seconds = {key: [] for key in trainings}
     for turn in range(rounds + 1):
-        for key, timed in runs.items():
-            taken = timed(key[1])
+        for (way, c), training in trainings.items():
+            if way == "bare":
+                taken = bare_seconds(*training, one, steps)
+            else:
+                history = train_for(*training, sources[way], None, vars(settings), epochs=1)
+                taken = history[0]["seconds"]
             if turn:  # the first round warms up, and compiles
-                seconds[key].append(taken)
+                seconds[way, c].append(taken)
 
     result = {
         "benchmark": "throughput",
@@ -159,19 +152,19 @@ def show(result: dict) -> None:
         print(f"{way:22}{row['images_per_second']:10.0f}{row['times_bare']:9.3f}{share}")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("model", choices=SCRIPTS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peak", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=RESULTS / "throughput.jsonl")
+    args = parser.parse_args(argv)
     result = measure(args.model, args.steps, args.rounds, args.compile, args.peak)
     show(result)
-    append("throughput.jsonl", result)
+    append(args.results, result)
 
 
 if __name__ == "__main__":

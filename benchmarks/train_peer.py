@@ -11,9 +11,9 @@ augmentation, CutMix and MixUp, erasing; its repeated augmentation is left out, 
 shows each image once, as ours does. Both keep the last weights: neither averages them.
 """
 
-import argparse
 import json
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from sklearn.metrics import accuracy_score
 
 import training
 from batches import Batches
+from cli import Parser, command, run
 from data import load_data
 from evaluate import predict
 from models import ViT, count_parameters
@@ -48,17 +49,16 @@ def cosine(step: int, total_steps: int, warmup: float, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (step - up) / (total_steps - up))) / 2
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("peer", choices=("separable", "vit"))
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-batches", type=int)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     data = load_data("folder", args.data_dir)
     torch.manual_seed(args.seed)
     settings = {"epochs": args.epochs, "seed": args.seed, "limit_batches": args.limit_batches}
@@ -78,16 +78,28 @@ def main():
         optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     common = {"mean": data.mean, "std": data.std, "device": DEVICE}
     batches = Batches(data.train, size, train=True, mix=mixed, **RANDOM, **common)
-    history = train_for(model, optimizer, batches, Batches(data.val, 500, **common), settings)
-    logits, labels = predict(model.eval(), Batches(data.test, 500, **common))
+    started, finished = time.perf_counter(), False
+    try:
+        train_for(model, optimizer, batches, Batches(data.val, 500, **common), settings)
+        finished = True
+    except SystemExit:  # told to stop: what it has reached is measured
+        pass
+    seconds = time.perf_counter() - started
+    model.eval()
+    accuracies = []
+    for split in (data.val, data.test):
+        with torch.no_grad():
+            logits, labels = predict(model, Batches(split, 500, **common))
+        accuracies.append(accuracy_score(labels, logits.argmax(1)))
     result = {
         "peer": args.peer,
         "seed": args.seed,
         "epochs": args.epochs,
         "parameters": count_parameters(model),
-        "test_accuracy": accuracy_score(labels, logits.argmax(1)),
-        "val_accuracy": history[-1]["val_accuracy"],
-        "seconds": round(history[-1]["seconds"], 1),
+        "finished": finished,
+        "val_accuracy": accuracies[0],
+        "test_accuracy": accuracies[1],
+        "seconds": round(seconds, 1),
     }
     print(json.dumps(result))
     if args.out:
@@ -95,4 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
