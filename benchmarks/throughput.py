@@ -19,6 +19,7 @@ benchmarks/results/throughput.jsonl.
 import itertools
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
