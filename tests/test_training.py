@@ -292,6 +292,9 @@ def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
     others = ["--dataset", "folder", "--data-dir", photos, "--batch-size", 8, "--overwrite"]
     line = fails(train_vit.main, *argv, *others, "--out-dir", tmp_path / "taught")
     assert "--teacher" in line and "(digits, 10 classes)" in line
+    own = ["--teacher", tmp_path / "taught" / "best.pt", "--overwrite"]
+    line = fails(train_vit.main, *argv[:-2], *own, "--out-dir", tmp_path / "taught")
+    assert "lies in the out-dir" in line
     assert (tmp_path / "taught" / "last.pt").read_bytes() == before
 
 
@@ -378,6 +381,15 @@ def test_resume_refuses_other_images(photos, tmp_path, fails):
     (copy / "test" / "dim").rename(copy / "test" / "dark")
     train_cnn.main(list(map(str, resume)))
     assert load_checkpoint(run / "last.pt")["epoch"] == 2
+
+
+def test_resume_refuses_an_optimizer_of_other_groups(trained, tmp_path, fails):
+    state = load_checkpoint(trained["vit"].with_name("last.pt"))
+    state["settings"]["epochs"] += 1
+    state["optimizer"]["param_groups"].pop()
+    save_checkpoint(tmp_path / "last.pt", state)
+    line = fails(train_vit.main, "--resume", "--out-dir", tmp_path)
+    assert "last.pt is not of this version" in line
 
 
 def test_published_weights_are_no_training_to_resume(trained, tmp_path, fails):
