@@ -27,7 +27,7 @@ RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --d
     "ema_decay": 0.995,
     "flip": True,
     "shift": 2,
-    "erase": 8,
+    "erase": 0,
     "auto_augment": False,
     "mix": 0.0,
     "stem": 16,
@@ -35,14 +35,7 @@ RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --d
     "depths": [1, 2],
 }
 BEST = {"epochs": 100, "auto_augment": True}
-DIGITS = {
-    "epochs": 10,
-    "batch_size": 32,
-    "lr": 0.05,
-    "flip": False,
-    "erase": 0,
-    "ema_decay": 0.98,
-}
+DIGITS = {"epochs": 10, "batch_size": 32, "lr": 0.05, "flip": False, "ema_decay": 0.98}
 MODEL_SETTINGS = "stem widths depths".split()  # passed on to the model
 
 
