@@ -39,7 +39,7 @@ def test_batch_gives_what_single_images_give_and_images_differ(model, images):
     assert logits.shape == (4, 10)
     for i in range(4):
         torch.testing.assert_close(logits[i], model(images[i : i + 1])[0], atol=1e-5, rtol=1e-5)
-    assert (logits[0] - logits[1]).abs().max() > 1e-3
+    assert (logits[0] - logits[1]).abs().max() > 1e-4  # ten times the tolerance above
 
 
 def test_first_loss_is_that_of_guessing(model, images):
