@@ -80,7 +80,7 @@ def part_1(args, deadline: float) -> dict:
             if args.tiny
             else ["--steps", "100", "--rounds", "3", "--compile"]
         )
-        command = ["benchmarks/throughput.py", model, "--peak", *rounds.split()]
+        command = ["benchmarks/throughput.py", model, "--peak", *rounds]
         command += ["--results", str(args.out_dir / "throughput.jsonl")]
         wait({model: start(f"throughput-{model}", command, args.out_dir)}, deadline)
     for kind in ("fast", "fast-512"):
