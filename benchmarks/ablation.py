@@ -163,6 +163,8 @@ def mimetic(model, batches):
 
 def muon(lr):
     """Muon for the blocks' matrices, AdamW for all the rest, at rates that keep their ratio."""
+    if DEVICE.type == "cpu":  # its bfloat16 products are many times slower than float32 there
+        torch.Tensor.bfloat16 = torch.Tensor.float
 
     def make_optimizer(model, settings):
         matrices = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim > 1]

@@ -15,7 +15,6 @@ part and weights in half precision are written to --out-dir, the table is printe
 three steps each, to try the script out on a CPU.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -24,10 +23,11 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT
+from seeds import measure
 
-from data import load_data  # noqa: E402
+from cli import Parser, command
+from data import load_data
 
 SEEDS = (0, 1, 2)
 LARGE_BATCH = {
@@ -62,8 +62,6 @@ def wait(processes: dict[str, subprocess.Popen], deadline: float) -> None:
 
 def trained(runs: dict[str, Path], target: float) -> dict:
     """Each run measured on the test split; what has no checkpoint is left out."""
-    from seeds import measure
-
     return {
         name: measure(path / "best.pt", target)
         for name, path in runs.items()
@@ -120,17 +118,16 @@ def best_and_peer(args, deadline: float, model: str, peer: str) -> dict:
     return results | {n: json.loads(p.read_text()) for n, p in peers.items() if p.exists()}
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--part", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--out-dir", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=60, help="of parts 2 and 3")
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--tiny", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     args.data = ["--dataset", "folder", "--data-dir", args.data_dir]
     deadline = time.time() + 60 * args.minutes
