@@ -82,17 +82,16 @@ class Taught:
     """Training batches whose labels are half the truth, half what a teacher says of the images.
 
     The loss is then the mean of the two cross-entropies: distillation without a token of its own
-    (Touvron et al. 2021, arXiv 2012.12877; "hard" is eq. 3, "soft" eq. 2 with temperature 1).
+    (Touvron et al. 2021, arXiv 2012.12877, eq. 2 with temperature 1, but for a constant).
     Label smoothing, where it is on, smooths both.
 
     Args:
         batches: an iterable of `(images, labels)`.
         teacher: a model in eval mode, on the images' device, for images normalised as these are.
-        hard: its first choice only; else its probabilities.
     """
 
-    def __init__(self, batches, teacher, hard: bool = False):
-        self.batches, self.teacher, self.hard = batches, teacher, hard
+    def __init__(self, batches, teacher):
+        self.batches, self.teacher = batches, teacher
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -101,8 +100,6 @@ class Taught:
         for images, labels in self.batches:
             with torch.no_grad():
                 said = self.teacher(images).softmax(1)  # (B, C)
-            if self.hard:
-                said = F.one_hot(said.argmax(1), said.shape[1])
             if labels.ndim == 1:
                 labels = F.one_hot(labels, said.shape[1])
             yield images, (labels + said) / 2

@@ -9,7 +9,6 @@ split is not looked at. `plain` is what the ingredients are added to, `recipe` w
 trains; the functions below say what each of the others changes.
 """
 
-import functools
 import itertools
 import types
 from pathlib import Path
@@ -137,25 +136,10 @@ def layer_scale(model, batches):
             setattr(parent, name, scaled)
 
 
-@torch.no_grad()
-def mimetic(model, batches):
-    """Attention starts as if trained: W_q W_k^T near .7 I, W_o W_v near -.4 I.
-
-    Trockman and Kolter 2023 (arXiv 2305.09828), sec. 3.
-    """
-    for block in model.blocks:
-        attention = block.attention
-        dim, heads = attention.project.in_features, attention.heads
-        width, eye = dim // heads, torch.eye(dim, device=DEVICE)
-        q, k, v = attention.qkv.weight.view(3, heads, width, dim)
-        noise = functools.partial(torch.randn, dim, dim, device=DEVICE)
-        for head in range(heads):
-            u, s, vt = torch.linalg.svd(0.7 * noise() / dim**0.5 + 0.7 * eye)
-            root = s[:width].sqrt()[:, None]
-            q[head], k[head] = root * u.T[:width], root * vt[:width]
-        u, s, vt = torch.linalg.svd(0.4 * noise() / dim**0.5 - 0.4 * eye)
-        attention.project.weight.copy_(u * s.sqrt())
-        v.copy_((s.sqrt()[:, None] * vt).view(heads, width, dim))
+def random_start(model, batches):
+    """Attention's matrices start as those of the MLPs do, and not as trained ones look."""
+    for module in (m for block in model.blocks for m in block.attention.children()):
+        nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 / 2)
 
 
 # ---------------------------------------------------------------- optimizers: model, settings
@@ -163,10 +147,10 @@ def mimetic(model, batches):
 
 def muon(lr):
     """Muon for the blocks' matrices, AdamW for all the rest, at rates that keep their ratio."""
-    if DEVICE.type == "cpu":  # its bfloat16 products are many times slower than float32 there
-        torch.Tensor.bfloat16 = torch.Tensor.float
 
     def make_optimizer(model, settings):
+        if DEVICE.type == "cpu":  # its bfloat16 products are many times slower than float32 there
+            torch.Tensor.bfloat16 = torch.Tensor.float
         matrices = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim > 1]
         chosen = {id(p) for p in matrices}
         groups = parameter_groups(model, settings.weight_decay)
@@ -190,26 +174,32 @@ def muon(lr):
 # ---------------------------------------------------------------- what is compared
 
 
-def plain(*changes, **settings) -> dict:
+def plain_cnn(*changes, **settings) -> dict:
     """The CNN without what the recipe took from this table, and the changes."""
     return {"model": changes or [relu], "settings": {"norm_bias_lr": 1.0} | settings}
 
 
+def plain_vit(*changes, optimizer=None, **settings) -> dict:
+    """The same for the ViT."""
+    variant = {"model": [random_start, *changes], "settings": settings}
+    return variant | ({"optimizer": optimizer} if optimizer else {})
+
+
 VARIANTS = {
     "cnn": {
-        "plain": plain(),
-        "gelu": plain(activation(F.gelu)),
-        "silu": plain(silu),
-        "whitened-start": plain(relu, whitened_start),
-        "whitened-stem": plain(relu, whitened_stem),
-        "norm-bias-lr-16": plain(norm_bias_lr=16.0),
-        "zero-last-norm": plain(relu, zero_last_norm),
-        "squeeze-excitation": plain(relu, squeeze_excitation),
-        "alternating-flip": plain(relu, alternating_flip),
-        "label-smoothing-.2": plain(label_smoothing=0.2),
-        "lr-.3": plain(lr=0.3),
-        "batch-64": plain(batch_size=64, lr=0.1),
-        "gelu, norm-bias-lr-16": plain(activation(F.gelu), norm_bias_lr=16.0),
+        "plain": plain_cnn(),
+        "gelu": plain_cnn(activation(F.gelu)),
+        "silu": plain_cnn(silu),
+        "whitened-start": plain_cnn(relu, whitened_start),
+        "whitened-stem": plain_cnn(relu, whitened_stem),
+        "norm-bias-lr-16": plain_cnn(norm_bias_lr=16.0),
+        "zero-last-norm": plain_cnn(relu, zero_last_norm),
+        "squeeze-excitation": plain_cnn(relu, squeeze_excitation),
+        "alternating-flip": plain_cnn(relu, alternating_flip),
+        "label-smoothing-.2": plain_cnn(label_smoothing=0.2),
+        "lr-.3": plain_cnn(lr=0.3),
+        "batch-64": plain_cnn(batch_size=64, lr=0.1),
+        "gelu, norm-bias-lr-16": plain_cnn(activation(F.gelu), norm_bias_lr=16.0),
         "recipe": {"model": [whitened_stem]},
         "recipe, no average": {"model": [whitened_stem], "settings": {"ema_decay": 0.0}},
         "recipe, erase 8": {"model": [whitened_stem], "settings": {"erase": 8}},
@@ -217,22 +207,20 @@ VARIANTS = {
         "recipe, auto-augment": {"model": [whitened_stem], "settings": {"auto_augment": True}},
     },
     "vit": {
+        "plain": plain_vit(),
         "recipe": {},
-        "mimetic": {"model": [mimetic]},
-        "qk-norm": {"model": [qk_norm]},
-        "layer-scale": {"model": [layer_scale]},
-        "muon-.01": {"optimizer": muon(0.01)},
-        "muon-.02": {"optimizer": muon(0.02)},
-        "muon-.04": {"optimizer": muon(0.04)},
-        "lr-2e-3": {"settings": {"lr": 2e-3}},
-        "batch-64": {"settings": {"batch_size": 64}},
-        "depth-9": {"settings": {"depth": 9}},
-        "no average": {"settings": {"ema_decay": 0.0}},
-        "drop-path-.1": {"settings": {"drop_path": 0.1}},
-        "mix": {"settings": {"mix": 0.5}},
-        "auto-augment": {"settings": {"auto_augment": True}},
-        "teacher, soft": {"hard": False},
-        "teacher, hard": {"hard": True},
+        "qk-norm": plain_vit(qk_norm),
+        "layer-scale": plain_vit(layer_scale),
+        "muon-.01": plain_vit(optimizer=muon(0.01)),
+        "muon-.02": plain_vit(optimizer=muon(0.02)),
+        "muon-.04": plain_vit(optimizer=muon(0.04)),
+        "lr-2e-3": plain_vit(lr=2e-3),
+        "depth-9": plain_vit(depth=9),
+        "no average": plain_vit(ema_decay=0.0),
+        "drop-path-.1": plain_vit(drop_path=0.1),
+        "mix": plain_vit(mix=0.5),
+        "auto-augment": plain_vit(auto_augment=True),
+        "teacher": plain_vit() | {"taught": True},
     },
 }
 
@@ -246,8 +234,8 @@ def run(name: str, variant: dict, args, data) -> dict:
     models.F = F
     for change in variant.get("model", ()):
         change(model, batches)
-    if "hard" in variant:
-        batches = Taught(batches, load_model(args.teacher, DEVICE)[0], variant["hard"])
+    if variant.get("taught"):
+        batches = Taught(batches, load_model(args.teacher, DEVICE)[0])
     optimizer = variant.get("optimizer", SCRIPTS[name].make_optimizer)(model, settings)
     history = train_for(model, optimizer, batches, val_batches, vars(settings))
     models.F = F

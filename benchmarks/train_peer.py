@@ -21,6 +21,7 @@ import torch
 from common import DEVICE, train_for
 from peers import SeparableResNet
 from sklearn.metrics import accuracy_score
+from torch import nn
 
 import training
 from batches import Batches
@@ -69,6 +70,10 @@ def main(argv=None):
         training.lr_at = lambda *step: cosine_restarts(*step, epochs=args.epochs)
     else:
         model = ViT(depth=9, heads=12, drop_path=0.1)
+        for module in model.modules():  # timm's start, and positions that start as noise
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(model.positions, std=0.02)
         settings["lr"], size, mixed = 1e-3, 128, 1.0
         training.lr_at = cosine
     model = model.to(DEVICE, memory_format=torch.channels_last)
