@@ -93,10 +93,10 @@ def add_data_flags(parser: argparse.ArgumentParser, *, remembered: bool = False)
     note = " (default: the checkpoint's)" if remembered else ""
     group.add_argument(
         "--dataset",
-        choices=("cifar10", "digits", "folder"),
+        metavar="NAME",
         default=None if remembered else "cifar10",
-        help="cifar10 is downloaded on first use; digits comes with scikit-learn; "
-        "folder reads DIR/train/<class>/* and DIR/test/<class>/*" + note,
+        help="cifar10 (downloaded on first use), digits (comes with scikit-learn), or folder "
+        "(DIR/train/<class>/* and DIR/test/<class>/*)" + note,
     )
     group.add_argument(
         "--data-dir",

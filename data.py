@@ -100,7 +100,7 @@ def load_data(
     elif name == "folder":
         images, labels, train_count, classes, note = _load_folder(data_dir, image_size)
     else:
-        raise UserError(f"unknown data set {name!r}: use cifar10, digits or folder")
+        raise UserError(f"--dataset {name}: there is no such one; use cifar10, digits or folder")
 
     train, test = torch.arange(train_count), torch.arange(train_count, len(labels))
     val = train[:0]

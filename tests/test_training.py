@@ -202,6 +202,57 @@ def test_a_dataloader_swaps_in_and_is_seeded_by_the_loop(tmp_path):
     assert histories[0] == histories[1]
 
 
+def train_linear(folder, batches, model, optimizer, **changes) -> dict:
+    """The loop on a small model, without averaging or warm-up."""
+    settings = {"epochs": 2, "seed": 0, "lr": 0.5, "warmup": 0.0, "ema_decay": 0.0, "clip": 0.05}
+    settings |= {"label_smoothing": 0.2, "amp": "off", "limit_batches": None, "out_dir": folder}
+    settings = SimpleNamespace(**settings | changes)
+    card = dict.fromkeys(CARD)
+    return training.train(model, optimizer, batches, None, settings=settings, card=card)
+
+
+def linear_and_batches():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    batches = [(torch.randn(8, 3, 2, 2), torch.randint(5, (8,))) for _ in range(3)]
+    return model, batches, torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9)
+
+
+def test_steps_are_those_of_gradient_descent_written_out(tmp_path):
+    """Rate, smoothed loss, clipping and momentum, from their definitions."""
+    model, batches, optimizer = linear_and_batches()
+    w, b = (p.detach().clone() for p in model.parameters())
+    state = train_linear(tmp_path, batches, model, optimizer)
+    velocity, norms = [torch.zeros_like(w), torch.zeros_like(b)], []
+    for step in range(6):
+        x, y = batches[step % 3]
+        x = x.flatten(1)
+        targets = 0.8 * torch.eye(5)[y] + 0.2 / 5
+        error = ((x @ w.T + b).softmax(1) - targets) / 8  # gradient of the mean cross-entropy
+        gradients = [error.T @ x, error.sum(0)]
+        norms.append(sum(g.square().sum() for g in gradients).sqrt().item())
+        lr = 0.5 * (6 - step) / 6
+        for parameter, g, v in zip((w, b), gradients, velocity, strict=True):
+            v.mul_(0.9).add_(g * min(1, 0.05 / norms[-1]))
+            parameter -= lr * v
+    torch.testing.assert_close(state["model"]["1.weight"], w, atol=1e-5, rtol=0)
+    torch.testing.assert_close(state["model"]["1.bias"], b, atol=1e-5, rtol=0)
+    means = [sum(norms[:3]) / 3, sum(norms[3:]) / 3]
+    assert min(norms) > 0.05  # each was clipped
+    assert [row["grad_norm"] for row in state["history"]] == pytest.approx(means, rel=1e-4)
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(tmp_path, monkeypatch):
+    """One step at rate 1 in float16, whose scaler multiplies by 65,536, is as long as `clip`."""
+    model, batches, _ = linear_and_batches()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    monkeypatch.setattr(training, "choose_amp", lambda name, device: torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    train_linear(tmp_path, batches[:1], model, optimizer, epochs=1, lr=1.0)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (after - before).norm().item() == pytest.approx(0.05, rel=1e-3)
+
+
 def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

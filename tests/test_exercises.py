@@ -1,0 +1,217 @@
+"""Each patch of EXERCISES.md, applied to a copy of the scripts and run; is its effect there?"""
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY_VIT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+PATCHES = ROOT / "tests" / "exercises"
+SHORT = ["--dataset", "digits", "--device", "cpu", "--epochs", "2", "--lr", "0.1"]
+SMALL_CNN = ["--stem", "8", "--widths", "16", "32", "--depths", "0", "1"]
+
+pytestmark = pytest.mark.skipif(not shutil.which("patch"), reason="needs the program `patch`")
+
+
+def apply(name, folder):
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    command = ["patch", "-p1", "--silent", "--fuzz=0", "-i", PATCHES / f"{name}.patch"]
+    subprocess.run(command, cwd=folder, check=True)
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """`edited(name)` applies a patch to a copy; returns a function that imports its modules."""
+    ours = [file.stem for file in ROOT.glob("*.py")]
+
+    def make(name):
+        apply(name, tmp_path)
+        for module in ours:
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        return importlib.import_module
+
+    yield make
+    for module in ours:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def run(edited, tmp_path):
+    """`run(name, script, ...)` trains with the patched script; returns (import, last.pt)."""
+
+    def call(name, script="train_cnn", *flags):
+        module = edited(name)
+        tiny = SMALL_CNN if script == "train_cnn" else TINY_VIT
+        out = ["--out-dir", str(tmp_path / "run")]
+        module(script).main([*SHORT, *tiny, *out, *flags])
+        return module, module("checkpoint").load_checkpoint(tmp_path / "run" / "last.pt")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """The same training without any edit."""
+    import train_cnn
+    from checkpoint import load_checkpoint
+
+    folder = tmp_path_factory.mktemp("before")
+    train_cnn.main([*SHORT, *SMALL_CNN, "--out-dir", str(folder)])
+    return load_checkpoint(folder / "last.pt")
+
+
+def scalars(tmp_path):
+    events = EventAccumulator(str(tmp_path / "run" / "train"))
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def test_edits_are_small_and_each_is_explained():
+    text = (ROOT / "EXERCISES.md").read_text()
+    sizes = []
+    for file in sorted(PATCHES.glob("*.patch")):
+        assert file.stem in text, file.stem
+        lines = file.read_text().splitlines()
+        assert sum(line.startswith("+++") for line in lines) == 1, f"{file.stem}: one file each"
+        added, removed = (
+            sum(line[:1] == sign and line[:3] != 3 * sign for line in lines) for sign in "+-"
+        )
+        sizes.append(max(added, removed))
+    assert len(sizes) == 15 and sorted(sizes[:10])[5] <= 4
+
+
+def test_optimizer(run, before):
+    _, last = run("01-optimizer")
+    assert "exp_avg_sq" in last["optimizer"]["state"][1]
+    assert "exp_avg_sq" not in before["optimizer"]["state"][1]
+
+
+def test_schedule(edited):
+    lr_at = edited("02-schedule")("training").lr_at
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    scheduler = cosine(optimizer, 90)
+    for step in range(10, 100):
+        assert lr_at(step, 100, 0.1, 0.5) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_mixup(run, before):
+    """Blended images are harder, and the loss of their labels cannot get near 0."""
+    _, last = run("03-mixup")
+    for old, new in zip(before["history"], last["history"], strict=True):
+        assert new["train_loss"] > 1.05 * old["train_loss"]
+        assert new["train_accuracy"] < old["train_accuracy"]
+
+
+def test_scalar(run, tmp_path):
+    module, last = run("04-scalar")
+    points = scalars(tmp_path)["weight norm"]
+    model = module("models").build_model(last["model_name"], last["model_config"])
+    model.load_state_dict(last["model"])
+    expected = torch.nn.utils.parameters_to_vector(model.parameters()).norm().item()
+    assert [p.step for p in points] == [40, 80]
+    assert points[-1].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_stage(edited):
+    module = edited("05-stage")
+    recipe, models = module("train_cnn").RECIPE, module("models")
+    model = models.CNN(**{key: recipe[key] for key in ("stem", "widths", "depths")})
+    assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 112, 4, 4)
+    assert models.count_parameters(model) < 559_178
+
+
+def test_attention_scale(edited):
+    attention = edited("06-attention-scale")("models").Attention(8, 2)
+    x = torch.randn(1, 5, 8)
+    out, weights = attention(x, return_attention=True)
+    q, k, _ = attention.qkv(x).view(5, 3, 2, 4).permute(1, 2, 0, 3)
+    torch.testing.assert_close(weights[0], (q @ k.mT).softmax(-1))
+    torch.testing.assert_close(attention(x), out)
+
+
+def test_data_set(run):
+    _, last = run("07-data-set", "train_cnn", "--dataset", "stripes")
+    assert last["classes"] == ["upright", "lying"]
+    assert last["best"]["val_accuracy"] > 0.95
+
+
+def test_freeze(run):
+    module, last = run("08-freeze", "train_vit")
+    torch.manual_seed(last["settings"]["seed"])
+    start = module("models").build_model("vit", last["model_config"]).state_dict()
+    same = {name for name, value in last["model"].items() if torch.equal(value, start[name])}
+    assert same == {"patchify.weight", "patchify.bias"}
+
+
+def test_gradient_norms(run, tmp_path):
+    _, last = run("09-gradient-norms")
+    points = scalars(tmp_path)
+    layers = [tag for tag in points if tag.startswith("gradient norm/")]
+    assert "gradient norm/head.weight" in layers and "gradient norm/stem.weight" not in layers
+    trained = {n for n in last["model"] if n.endswith(("weight", "bias"))} - {"stem.weight"}
+    assert {tag.removeprefix("gradient norm/") for tag in layers} == trained
+    assert all(points[tag][0].value > 0 for tag in layers)
+
+
+def test_cam(edited, trained):
+    """HiResCAM is Grad-CAM where the gradient is the same all over the map: for the CNN."""
+    module = edited("10-cam")
+    new, images = module("explain"), torch.randn(2, 3, 32, 32)
+    for name, path in trained.items():
+        model, _ = module("checkpoint").load_model(path)
+        features, inside = model.forward_features(images, return_intermediates=True)
+        A = inside["tokens"] if name == "vit" else inside[-1]
+        (gradient,) = torch.autograd.grad(model.forward_head(features)[:, 1].sum(), A)
+        if name == "vit":
+            A, gradient = new.patch_grid(A), new.patch_grid(gradient)
+        weighted = gradient.mean((2, 3), keepdim=True) * A
+        maps = new.grad_cam(model, images, torch.tensor([1, 1]))
+        torch.testing.assert_close(maps, F.relu((gradient * A).sum(1)))
+        assert torch.allclose(maps, F.relu(weighted.sum(1)), atol=1e-6) == (name == "cnn")
+
+
+# ---------------------------------------------------------------- break it
+
+
+def test_bug_no_zero_grad(run, before):
+    _, last = run("bug-1-no-zero-grad")
+    grows = [row["grad_norm"] for row in last["history"]]
+    assert grows[1] > 3 * before["history"][1]["grad_norm"]
+
+
+def test_bug_softmax_twice(run, before):
+    """The loss of probabilities between 0 and 1 stays near that of guessing, ln 10."""
+    _, last = run("bug-4-softmax-twice")
+    assert last["history"][-1]["train_loss"] > 1.8 > before["history"][-1]["train_loss"]
+
+
+CAUGHT_BY = {
+    "bug-1-no-zero-grad": "training::test_steps_are_those_of_gradient_descent_written_out",
+    "bug-2-clip-scaled": "training::test_gradients_are_unscaled_before_they_are_clipped",
+    "bug-3-validate-in-train-mode": "training::test_validation_scores_the_weights_of_best_pt",
+    "bug-4-softmax-twice": "training::test_steps_are_those_of_gradient_descent_written_out",
+    "bug-5-test-statistics": "data::test_statistics_are_those_of_the_pixels",
+}
+
+
+@pytest.mark.parametrize("bug", CAUGHT_BY)
+def test_bug_is_caught(bug, tmp_path):
+    apply(bug, tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    file, test = CAUGHT_BY[bug].split("::")
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/test_{file}.py::{test}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and re.search(r"^FAILED", result.stdout, re.M), result.stdout
+    text = (ROOT / "EXERCISES.md").read_text()
+    assert test in text
