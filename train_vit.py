@@ -14,12 +14,13 @@ import torch
 
 from cli import command, number, run
 from recipe import finish, parse_settings, prepare, recipe_parser
-from training import parameter_groups, train
+from training import Optimizers, parameter_groups, train
 
 RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --dataset digits
     "epochs": 15,
     "batch_size": 128,
     "lr": 1e-3,
+    "muon_lr": 0.02,
     "warmup": 0.1,
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
@@ -42,16 +43,29 @@ DIGITS = {"epochs": 30, "batch_size": 64, "flip": False, "patch_size": 8, "ema_d
 MODEL_SETTINGS = "patch_size dim depth heads mlp_ratio drop_path".split()  # passed on to the model
 
 
-def make_optimizer(model, settings) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
-    groups = parameter_groups(model, settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+def make_optimizer(model, settings) -> Optimizers:
+    """Muon for the blocks' matrices, AdamW for all the rest.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes steps whose singular values
+    are all about 1; AdamW decouples the decay from the steps (Loshchilov and Hutter 2019, arXiv
+    1711.05101).
+    """
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    decayed, *others = parameter_groups(model, settings.weight_decay)
+    decayed["params"] = [p for p in decayed["params"] if p not in set(matrices)]
+    hidden = {"params": matrices, "lr_scale": settings.muon_lr / settings.lr}
+    return Optimizers(
+        torch.optim.Muon([hidden], lr=settings.muon_lr, weight_decay=settings.weight_decay),
+        torch.optim.AdamW([decayed, *others], lr=settings.lr, fused=True),
+    )
 
 
 @command
 def main(argv=None):
     parser = recipe_parser(__doc__, BEST, DIGITS)
     group = parser.add_argument_group("ViT")
+    group.add_argument("--muon-lr", type=number(float, 0, above=True), metavar="X",
+                       help="rate of the blocks' matrices, --lr that of all the rest")  # fmt: skip
     group.add_argument("--patch-size", type=number(int, 1), metavar="N",
                        help="side of a patch in pixels; it must divide the image's")  # fmt: skip
     group.add_argument("--dim", type=number(int, 1), metavar="N", help="width of a token")

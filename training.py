@@ -256,6 +256,34 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_bias_lr: float 
     ]
 
 
+class Optimizers:
+    """Several optimizers, each over parameters of its own, which the loop uses as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = {type(part).__name__: part for part in parts}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts.values():
+            part.zero_grad()
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, states: dict) -> None:
+        if states.keys() != self.parts.keys():
+            raise ValueError(f"its optimizer is not {' and '.join(self.parts)}")
+        for name, part in self.parts.items():
+            part.load_state_dict(states[name])
+
+
 # ---------------------------------------------------------------- what is logged
 
 COLUMNS = (  # heading, key of the history, format: all as wide as the heading

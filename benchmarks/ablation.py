@@ -142,35 +142,6 @@ def random_start(model, batches):
         nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 / 2)
 
 
-# ---------------------------------------------------------------- optimizers: model, settings
-
-
-def muon(lr):
-    """Muon for the blocks' matrices, AdamW for all the rest, at rates that keep their ratio."""
-
-    def make_optimizer(model, settings):
-        if DEVICE.type == "cpu":  # its bfloat16 products are many times slower than float32 there
-            torch.Tensor.bfloat16 = torch.Tensor.float
-        matrices = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim > 1]
-        chosen = {id(p) for p in matrices}
-        groups = parameter_groups(model, settings.weight_decay)
-        for group in groups:
-            group["params"] = [p for p in group["params"] if id(p) not in chosen]
-        adamw = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-        second = torch.optim.Muon(matrices, lr=lr, weight_decay=settings.weight_decay)
-
-        def step(optimizer, args, kwargs):
-            for group in second.param_groups:
-                group["lr"] = lr * optimizer.param_groups[0]["lr"] / settings.lr
-            second.step()
-            second.zero_grad()
-
-        adamw.register_step_pre_hook(step)
-        return adamw
-
-    return make_optimizer
-
-
 # ---------------------------------------------------------------- what is compared
 
 
@@ -179,10 +150,15 @@ def plain_cnn(*changes, **settings) -> dict:
     return {"model": changes or [relu], "settings": {"norm_bias_lr": 1.0} | settings}
 
 
-def plain_vit(*changes, optimizer=None, **settings) -> dict:
+def adamw(model, settings):
+    """One optimizer for all of the ViT."""
+    groups = parameter_groups(model, settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+
+def plain_vit(*changes, **settings) -> dict:
     """The same for the ViT."""
-    variant = {"model": [random_start, *changes], "settings": settings}
-    return variant | ({"optimizer": optimizer} if optimizer else {})
+    return {"model": [random_start, *changes], "settings": settings, "optimizer": adamw}
 
 
 VARIANTS = {
@@ -208,19 +184,21 @@ VARIANTS = {
     },
     "vit": {
         "plain": plain_vit(),
-        "recipe": {},
+        "mimetic": {"optimizer": adamw},
         "qk-norm": plain_vit(qk_norm),
         "layer-scale": plain_vit(layer_scale),
-        "muon-.01": plain_vit(optimizer=muon(0.01)),
-        "muon-.02": plain_vit(optimizer=muon(0.02)),
-        "muon-.04": plain_vit(optimizer=muon(0.04)),
-        "lr-2e-3": plain_vit(lr=2e-3),
-        "depth-9": plain_vit(depth=9),
-        "no average": plain_vit(ema_decay=0.0),
-        "drop-path-.1": plain_vit(drop_path=0.1),
-        "mix": plain_vit(mix=0.5),
-        "auto-augment": plain_vit(auto_augment=True),
         "teacher": plain_vit() | {"taught": True},
+        "muon-.01": {"model": [random_start], "settings": {"muon_lr": 0.01}},
+        "muon-.02": {"model": [random_start]},
+        "recipe": {},
+        "recipe, muon-.04": {"settings": {"muon_lr": 0.04}},
+        "recipe, lr-2e-3": {"settings": {"lr": 2e-3}},
+        "recipe, qk-norm": {"model": [qk_norm]},
+        "recipe, no average": {"settings": {"ema_decay": 0.0}},
+        "recipe, depth 9": {"settings": {"depth": 9}},
+        "recipe, drop-path": {"settings": {"drop_path": 0.1}},
+        "recipe, mix": {"settings": {"mix": 0.5}},
+        "recipe, auto-augment": {"settings": {"auto_augment": True}},
     },
 }
 
