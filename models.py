@@ -105,10 +105,6 @@ class CNN(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(hd)) v (Vaswani et al. 2017, eq. 1).
 
-    It starts as trained ones look (Trockman and Kolter 2023, arXiv 2305.09828, sec. 3): in
-    each head q^T k is the best rank hd has for .7 I and as much noise, so a token first looks at
-    its like; `project` after v is -.4 I and noise.
-
     Raises:
         ValueError: `heads` does not divide `dim`.
     """
@@ -120,17 +116,6 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
-
-    @torch.no_grad()
-    def initialise(self):
-        D, width = self.project.in_features, self.project.in_features // self.heads
-        q, k, v = self.qkv.weight.view(3, self.heads, width, D)
-        left, right = factors(self.heads, D, 0.7)
-        q.copy_(left.mT[:, :width])
-        k.copy_(right[:, :width])
-        left, right = factors(1, D, -0.4)
-        self.project.weight.copy_(left[0])
-        v.copy_(right.view_as(v))
 
     def forward(self, x, return_attention: bool = False):
         """(B, N, D) -> (B, N, D); if asked, also the attention (B, heads, N, N), rows sum to 1."""
@@ -146,17 +131,6 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v)
         out = self.project(out.transpose(1, 2).reshape(B, N, D))  # heads side by side again
         return (out, attention) if return_attention else out
-
-
-def factors(n: int, dim: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`n` pairs of matrices (dim, dim) with products scale (I + Z), Z normal of variance 1 / dim.
-
-    The singular values, largest first, are split: their roots are the lengths of the first's
-    columns and of the second's rows.
-    """
-    noise = torch.randn(n, dim, dim) / dim**0.5
-    u, s, vt = torch.linalg.svd(scale * (torch.eye(dim) + noise))
-    return u * s.sqrt()[:, None], s.sqrt()[:, :, None] * vt
 
 
 class Block(nn.Module):
@@ -256,8 +230,6 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 / 2)
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            block.attention.initialise()
 
     def forward_features(self, x, return_intermediates: bool = False):
         """(B, 3, H, W) -> normalised tokens (B, N, D), the class token first.

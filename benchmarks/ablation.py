@@ -136,10 +136,28 @@ def layer_scale(model, batches):
             setattr(parent, name, scaled)
 
 
-def random_start(model, batches):
-    """Attention's matrices start as those of the MLPs do, and not as trained ones look."""
-    for module in (m for block in model.blocks for m in block.attention.children()):
-        nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 / 2)
+@torch.no_grad()
+def mimetic(model, batches):
+    """Attention starts as if trained: q^T k near .7 I in each head, project after v near -.4 I.
+
+    Trockman and Kolter 2023 (arXiv 2305.09828), sec. 3.
+    """
+
+    def factors(n, scale):  # of scale (I + noise), with singular values split
+        noise = torch.randn(n, dim, dim, device=DEVICE) / dim**0.5
+        u, s, vt = torch.linalg.svd(scale * (torch.eye(dim, device=DEVICE) + noise))
+        return u * s.sqrt()[:, None], s.sqrt()[:, :, None] * vt
+
+    for block in model.blocks:
+        attention = block.attention
+        dim, heads = attention.project.in_features, attention.heads
+        q, k, v = attention.qkv.weight.view(3, heads, dim // heads, dim)
+        left, right = factors(heads, 0.7)
+        q.copy_(left.mT[:, : dim // heads])
+        k.copy_(right[:, : dim // heads])
+        left, right = factors(1, -0.4)
+        attention.project.weight.copy_(left[0])
+        v.copy_(right.view_as(v))
 
 
 # ---------------------------------------------------------------- what is compared
@@ -158,7 +176,7 @@ def adamw(model, settings):
 
 def plain_vit(*changes, **settings) -> dict:
     """The same for the ViT."""
-    return {"model": [random_start, *changes], "settings": settings, "optimizer": adamw}
+    return {"model": changes, "settings": settings, "optimizer": adamw}
 
 
 VARIANTS = {
@@ -184,21 +202,14 @@ VARIANTS = {
     },
     "vit": {
         "plain": plain_vit(),
-        "mimetic": {"optimizer": adamw},
+        "mimetic": plain_vit(mimetic),
         "qk-norm": plain_vit(qk_norm),
         "layer-scale": plain_vit(layer_scale),
         "teacher": plain_vit() | {"taught": True},
-        "muon-.01": {"model": [random_start], "settings": {"muon_lr": 0.01}},
-        "muon-.02": {"model": [random_start]},
+        "muon-.01": {"settings": {"muon_lr": 0.01}},
         "recipe": {},
-        "recipe, muon-.04": {"settings": {"muon_lr": 0.04}},
-        "recipe, lr-2e-3": {"settings": {"lr": 2e-3}},
-        "recipe, qk-norm": {"model": [qk_norm]},
-        "recipe, no average": {"settings": {"ema_decay": 0.0}},
-        "recipe, depth 9": {"settings": {"depth": 9}},
-        "recipe, drop-path": {"settings": {"drop_path": 0.1}},
-        "recipe, mix": {"settings": {"mix": 0.5}},
-        "recipe, auto-augment": {"settings": {"auto_augment": True}},
+        "recipe, mimetic": {"model": [mimetic]},
+        "recipe, mimetic, muon-.04": {"model": [mimetic], "settings": {"muon_lr": 0.04}},
     },
 }
 

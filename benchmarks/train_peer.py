@@ -70,7 +70,7 @@ def main(argv=None):
         training.lr_at = lambda *step: cosine_restarts(*step, epochs=args.epochs)
     else:
         model = ViT(depth=9, heads=12, drop_path=0.1)
-        for module in model.modules():  # timm's start, and positions that start as noise
+        for module in model.modules():  # timm's start, with positions that are noise
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.trunc_normal_(model.positions, std=0.02)

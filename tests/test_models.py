@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import CNN, Attention, ViT, build_model, count_parameters, factors
+from models import CNN, Attention, ViT, build_model, count_parameters
 from train_cnn import RECIPE as CNN_RECIPE
 from train_vit import RECIPE as VIT_RECIPE
 
@@ -160,31 +160,3 @@ def test_vit_equals_torchvisions_with_copied_weights(images):
 def test_impossible_combinations_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_attention_starts_as_mimetic_initialisation_says():
-    """Products of the weights against their definition, with one head, whose rank is full."""
-    torch.manual_seed(0)
-    dim = 192
-    attention = ViT(dim=dim, heads=1, depth=1).blocks[0].attention
-    q, k, v = attention.qkv.weight.detach().view(3, dim, dim)
-    out = attention.project.weight.detach()
-    for product, scale in ((q.T @ k, 0.7), (out @ v, -0.4)):
-        noise = product / scale - torch.eye(dim)
-        assert abs(noise.mean()) < 0.002
-        assert noise.std() == pytest.approx(dim**-0.5, rel=0.02)
-        assert noise.diagonal().mean() == pytest.approx(0, abs=0.02)
-
-
-def test_heads_start_with_the_nearest_matrix_of_their_rank():
-    """Eckart and Young: q^T k of a head has its hd largest singular values, split evenly."""
-    torch.manual_seed(0)
-    left, right = factors(1, 16, 0.7)
-    torch.manual_seed(0)
-    whole = 0.7 * (torch.eye(16) + torch.randn(1, 16, 16) / 4)[0]
-    torch.testing.assert_close(left[0] @ right[0], whole, atol=1e-5, rtol=0)
-    s = torch.linalg.svdvals(whole)
-    torch.testing.assert_close(left[0].norm(dim=0) ** 2, s, atol=1e-5, rtol=0)
-    torch.testing.assert_close(right[0].norm(dim=1) ** 2, s, atol=1e-5, rtol=0)
-    rest = (whole - left[0][:, :4] @ right[0][:4]).norm()
-    torch.testing.assert_close(rest, (s[4:] ** 2).sum().sqrt(), atol=1e-5, rtol=0)
