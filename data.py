@@ -8,6 +8,7 @@ Images stay uint8 `(M, 3, H, W)` until a batch is drawn of them (see `batches.py
 import dataclasses
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from cli import UserError
 
+TEST_FRACTION = 0.2  # of what comes without a test split
 SPLIT_SEED = 0  # never --seed: runs with several seeds share their validation and test images
 # In the official order.
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -85,28 +87,31 @@ def load_data(
         name: which data set.
         data_dir: where CIFAR-10 is kept (and put by the download), or the folder of images.
         image_size: side in pixels of a `folder`'s images once decoded; the others have 32.
-        val_fraction: share of the training images that validation gets, stratified; 0: none.
+        val_fraction: share of the training images that validation gets, stratified; 0: none. A
+            folder with a `val/` of its own needs none.
 
     Raises:
         UserError: the data are not there, cannot be read, or are too few to split.
     """
     data_dir, note = Path(data_dir), ""
     if name == "cifar10":
-        images, labels, train_count = _load_cifar10(data_dir)
+        images, labels, parts = _load_cifar10(data_dir)
         classes = CIFAR10_CLASSES
     elif name == "digits":
-        images, labels, train_count = _load_digits()
+        images, labels, parts = _load_digits()
         classes = [str(digit) for digit in range(10)]
     elif name == "folder":
-        images, labels, train_count, classes, note = _load_folder(data_dir, image_size)
+        images, labels, parts, classes, note = _load_folder(data_dir, image_size)
     else:
         raise UserError(f"--dataset {name}: there is no such one; use cifar10, digits or folder")
 
-    train, test = torch.arange(train_count), torch.arange(train_count, len(labels))
-    val = train[:0]
-    if val_fraction:
-        train, val = _split(labels, train, val_fraction, "--val-fraction")
-    splits = [Split(images, labels, indices) for indices in (train, val, test)]
+    if "val" not in parts:
+        parts["val"] = parts["train"][:0]
+        if val_fraction:
+            parts["train"], parts["val"] = _split(
+                labels, parts["train"], val_fraction, "--val-fraction"
+            )
+    splits = [Split(images, labels, parts[part]) for part in ("train", "val", "test")]
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else channel_statistics(splits[0])
     return Data(name, *splits, list(classes), mean, std, note)
 
@@ -181,7 +186,8 @@ def _load_cifar10(root: Path):
         ) from None
     images = torch.from_numpy(np.concatenate([part.data for part in parts]))  # (M, H, W, 3)
     labels = torch.tensor(parts[0].targets + parts[1].targets)
-    return images.permute(0, 3, 1, 2).contiguous(), labels, len(parts[0])
+    train, test = torch.arange(len(labels)).split([len(part) for part in parts])
+    return images.permute(0, 3, 1, 2).contiguous(), labels, {"train": train, "test": test}
 
 
 def _load_digits():
@@ -191,9 +197,8 @@ def _load_digits():
     images = torch.nn.functional.interpolate(images, size=32, mode="bilinear").round()
     images = images.to(torch.uint8).expand(-1, 3, -1, -1)
     labels = torch.from_numpy(digits.target)
-    train, test = _split(labels, torch.arange(len(labels)), 0.2, "the test split")
-    order = torch.cat([train, test])
-    return images[order], labels[order], len(train)
+    train, test = _split(labels, torch.arange(len(labels)), TEST_FRACTION, "the test split")
+    return images, labels, {"train": train, "test": test}
 
 
 def channel_statistics(split: Split) -> tuple[tuple, tuple]:
@@ -213,53 +218,70 @@ def channel_statistics(split: Split) -> tuple[tuple, tuple]:
 
 
 def _load_folder(root: Path, size: int):
-    """Decode `root/train/<class>/*` and `root/test/<class>/*` once, then memory-map the cache."""
-    train, skipped = _scan(root, "train")
-    test, skipped_test = _scan(root, "test")
-    classes = sorted({name for name, _, _ in train})
-    strange = sorted({name for name, _, _ in test} - set(classes))
-    if strange:
-        raise UserError(f"{root}/test has class {strange[0]!r}, which {root}/train lacks")
+    """Decode `root/<part>/<class>/*`, or `root/<class>/*`, once, then memory-map the cache."""
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such folder")
+    there = [part for part in ("train", "val", "test") if (root / part).is_dir()]
+    there = there if {"train", "test"} & set(there) else []
+    for part in ("train", "test") if there else ():
+        if part not in there:
+            raise UserError(
+                f"--data-dir {root}: there is no folder {part}/<class>/ beside the other"
+            )
+    files, parts, skipped = [], {}, 0
+    for part in there or [""]:
+        found, others = _scan(root / part)
+        if not found:
+            raise UserError(f"--data-dir {root}: no images in {root / part}/<class>/")
+        parts[part] = torch.arange(len(files), len(files) + len(found))
+        files, skipped = files + found, skipped + others
+
+    names = [Path(path).parent.name for path, _ in files]
+    classes = sorted({names[row] for row in parts[there[0] if there else ""]})
     if len(classes) < 2:
-        raise UserError(f"{root}/train has the class {classes[0]!r} only; two are needed at least")
-    files = train + test
-    labels = torch.tensor([classes.index(name) for name, _, _ in files])
-    images = _cached_images(root, [path for _, path, _ in files], size, [s for *_, s in files])
-    skipped += skipped_test
-    note = f"skipped for lack of an image suffix: {skipped}" if skipped else ""
-    return images, labels, len(train), classes, note
+        raise UserError(f"--data-dir {root}: there is one class, {classes[0]!r}; two are needed")
+    for part in there[1:]:
+        strange = sorted({names[row] for row in parts[part]} - set(classes))
+        if strange:
+            raise UserError(f"{root}/{part} has class {strange[0]!r}, which {root}/train lacks")
+    labels = torch.tensor([classes.index(name) for name in names])
+    notes = [f"skipped for lack of an image suffix: {skipped}"] if skipped else []
+    if not there:
+        train, test = _split(labels, parts.pop(""), TEST_FRACTION, "the test split")
+        parts = {"train": train, "test": test}
+        notes.append(f"{TEST_FRACTION:.0%} of the images are the test split")
+    return _cached_images(root, files, size), labels, parts, classes, "; ".join(notes)
 
 
-def _scan(root: Path, part: str):
-    """All images below `root/part/<class>/`, as (class, path, stamp), and the count of others."""
-    if not (root / part).is_dir():
-        raise UserError(f"--data-dir {root}: there is no folder {part}/<class>/ with images in it")
+def _scan(folder: Path):
+    """All images in `folder/<class>/`, as (path, stamp), by class and name; and the others' count.
+
+    The stamp changes when the file does.
+    """
     found, skipped = [], 0
-    for folder in sorted(path for path in (root / part).iterdir() if path.is_dir()):
-        with os.scandir(folder) as entries:
+    for directory in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
+        with os.scandir(directory) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
                     stat = entry.stat()
-                    stamp = f"{part}/{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}"
-                    found.append((folder.name, entry.path, stamp))
+                    found.append((entry.path, f"{stat.st_size} {stat.st_mtime_ns}"))
                 else:
                     skipped += 1
-    if not found:
-        raise UserError(f"--data-dir {root}: no images in {root / part}/<class>/")
     return found, skipped
 
 
-def _cached_images(root: Path, paths: list[str], size: int, stamps: list[str]) -> torch.Tensor:
+def _cached_images(root: Path, files: list[tuple[str, str]], size: int) -> torch.Tensor:
     """The decoded images, memory-mapped; the cache's name changes with the files."""
-    digest = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest()[:16]
+    lines = (f"{os.path.relpath(path, root)} {stamp}\n" for path, stamp in files)
+    digest = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
     cache = root / f".cache-{size}-{digest}.npy"
     if not cache.exists():
         partial = cache.with_suffix(f".{os.getpid()}.tmp")
         try:
             array = np.lib.format.open_memmap(
-                partial, mode="w+", dtype=np.uint8, shape=(len(paths), 3, size, size)
+                partial, mode="w+", dtype=np.uint8, shape=(len(files), 3, size, size)
             )
-            for row, path in enumerate(tqdm(paths, "decoding", unit=" images", disable=None)):
+            for row, (path, _) in enumerate(tqdm(files, "decoding", unit=" images", disable=None)):
                 array[row] = np.asarray(read_image(path, size)).transpose(2, 0, 1)
             array.flush()
             for old in root.glob(f".cache-{size}-*.npy"):
@@ -273,12 +295,17 @@ def _cached_images(root: Path, paths: list[str], size: int, stamps: list[str]) -
 def read_image(path: str | Path, size: int | None = None) -> Image.Image:
     """Read an image file as RGB, upright; with `size`: shorter side to `size`, centre crop.
 
+    Of an animation the first picture.
+
     Raises:
         UserError: the file is missing, or no image that Pillow can read.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            image = to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -286,3 +313,20 @@ def read_image(path: str | Path, size: int | None = None) -> Image.Image:
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: 16 bits become 8, and white shines through the transparent.
+
+    Raises:
+        ValueError: its values are floating-point numbers, on a scale that nobody knows.
+    """
+    if image.mode == "F":
+        raise ValueError("its values are floating-point numbers; save it as PNG or JPEG")
+    if image.mode.startswith("I"):  # up to 65,535
+        values = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -48,6 +48,8 @@ def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
         help="share of the batches mixed by CutMix or MixUp")  # fmt: skip
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
         help="of weights, order, augmentation; the splits never depend on it")  # fmt: skip
+    add("--image-size", type=number(int, 32, 128), default=32, metavar="N",
+        help="side to which a folder's images are scaled; the others have 32")  # fmt: skip
     add("--val-fraction", type=number(float, 0, 0.9), default=0.1, metavar="X",
         help="share of the training images kept for validation; 0: none")  # fmt: skip
     group = parser.add_argument_group("run")
@@ -138,14 +140,21 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out_dir):
         pass  # it can be written: better to fail now than after the first epoch
-    data = load_data(settings.dataset, settings.data_dir, val_fraction=settings.val_fraction)
+    if settings.image_size != 32 and settings.dataset != "folder":
+        raise UserError(f"--image-size: {settings.dataset} has images of 32; leave it out")
+    data = load_data(
+        settings.dataset,
+        settings.data_dir,
+        image_size=settings.image_size,
+        val_fraction=settings.val_fraction,
+    )
     if settings.batch_size > len(data.train):
         raise UserError(
             f"--batch-size {settings.batch_size} is more than the {len(data.train)} training "
             "images: use a smaller one"
         )
     torch.manual_seed(settings.seed)
-    model_config = {"classes": len(data.classes)}
+    model_config = {"classes": len(data.classes), "image_size": settings.image_size}
     model_config |= {key: getattr(settings, key) for key in model_settings}
     try:
         model = build_model(model_name, model_config)
@@ -244,7 +253,7 @@ def describe_run(data: Data, settings, model_name: str, model_config: dict) -> d
             "dataset": {
                 "name": data.name,
                 "data_dir": settings.data_dir,
-                "image_size": 32,
+                "image_size": settings.image_size,
                 "val_fraction": settings.val_fraction,
                 "sizes": [len(data.train), len(data.val), len(data.test)],
             },

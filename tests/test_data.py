@@ -322,3 +322,83 @@ def test_jpeg_copy_keeps_order_and_classes(tmp_path, monkeypatch):
         assert np.array_equal(
             np.asarray(Image.open(buffer)), np.asarray(Image.open(tmp_path / name))
         )
+
+
+def save_solid(path, color=(200, 30, 90), size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+def test_folder_of_one_level_gets_a_stratified_test_split(tmp_path):
+    for name, count in (("große Katze", 20), ("собака", 10)):
+        for i in range(count):
+            save_solid(tmp_path / name / f"{i:02}.png", (i, 0, 0))
+    (tmp_path / ".git" / "x").mkdir(parents=True)
+    one = load_data("folder", tmp_path)
+    again = load_data("folder", tmp_path, val_fraction=0)
+    assert one.classes == ["große Katze", "собака"]
+    assert [len(s) for s in (one.train, one.val, one.test)] == [21, 3, 6]
+    assert one.test.rows(slice(None))[1].tolist() == [0] * 4 + [1] * 2
+    assert torch.equal(one.test.indices, again.test.indices)
+    assert "20% of the images are the test split" in one.note
+
+
+def test_folder_with_validation_images_of_its_own(tmp_path):
+    for part, count in (("train", 4), ("val", 2), ("test", 3)):
+        for name in ("a", "b"):
+            for i in range(count):
+                save_solid(tmp_path / part / name / f"{i}.png", (count, 0, 0))
+    folder = load_data("folder", tmp_path, val_fraction=0.5)
+    for split, count in ((folder.train, 4), (folder.val, 2), (folder.test, 3)):
+        images, labels = split.rows(slice(None))
+        assert images[:, 0].unique().tolist() == [count]
+        assert labels.tolist() == [0] * count + [1] * count
+
+
+def solid(mode, value):
+    return Image.new(mode, (6, 4), value)
+
+
+def sideways():
+    """Upright 4 × 6 with a red top half, stored on its side, as a telephone does."""
+    image = Image.new("RGB", (6, 4), "blue")
+    image.paste("red", (0, 0, 3, 4))
+    return image
+
+
+palette = solid("P", 1)
+palette.putpalette([0, 0, 0, 10, 20, 30])
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "options", "color"),
+    [
+        (solid("L", 77), "png", {}, (77, 77, 77)),
+        (solid("1", 1), "png", {}, (255, 255, 255)),
+        (solid("LA", (10, 0)), "png", {}, (255, 255, 255)),  # transparent: the paper is white
+        (solid("RGBA", (0, 0, 0, 51)), "png", {}, (204, 204, 204)),
+        (palette, "png", {}, (10, 20, 30)),
+        (palette, "png", {"transparency": 1}, (255, 255, 255)),
+        (solid("I;16", 257 * 99), "png", {}, (99, 99, 99)),
+        (solid("I", 257 * 99), "tif", {}, (99, 99, 99)),
+        (solid("CMYK", (0, 255, 255, 0)), "tif", {}, (255, 0, 0)),
+        (solid("RGB", (1, 2, 3)), "webp", {"lossless": True}, (1, 2, 3)),
+        (solid("RGB", (9, 9, 9)), "png", {"save_all": True, "append_images": [solid("RGB", 0)]},
+         (9, 9, 9)),
+    ],
+)  # fmt: skip
+def test_images_of_every_mode(tmp_path, image, suffix, options, color):
+    path = tmp_path / f"image.{suffix}"
+    image.save(path, **options)
+    read = data.read_image(path)
+    assert read.mode == "RGB" and read.size == (6, 4)
+    assert read.getpixel((2, 2)) == color
+
+
+def test_a_photograph_taken_sideways_stands_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned clockwise
+    sideways().save(tmp_path / "a.png", exif=exif)
+    read = data.read_image(tmp_path / "a.png")
+    assert read.size == (4, 6)
+    assert read.getpixel((1, 1)) == (255, 0, 0) and read.getpixel((1, 5)) == (0, 0, 255)

@@ -11,6 +11,8 @@ from conftest import TINY_CNN, TINY_VIT
 from torch.utils.data import DataLoader, TensorDataset
 
 import cli
+import evaluate
+import explain
 import recipe
 import train_cnn
 import train_vit
@@ -290,6 +292,27 @@ def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkey
     assert any("settings" in tag for tag in tags["tensors"])
 
 
+@pytest.mark.parametrize(("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, TINY_VIT)])
+def test_larger_images_of_a_folder(photos, tmp_path, script, tiny):
+    """Both networks adapt, and what reads the checkpoint knows."""
+    argv = ["--dataset", "folder", "--data-dir", photos, "--image-size", 64, "--batch-size", 8]
+    argv += ["--epochs", 1, "--device", "cpu", "--out-dir", tmp_path / "run", *tiny]
+    script.main([str(a) for a in argv])
+    checkpoint = tmp_path / "run" / "best.pt"
+    model, card = load_model(checkpoint)
+    if isinstance(model, ViT):
+        assert model.positions.shape == (1, 1 + 8 * 8, 16)
+    else:
+        assert model.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 16, 16)
+    assert card["dataset"]["image_size"] == 64
+    evaluate.main([str(checkpoint), "--out-dir", str(tmp_path / "evaluation")])
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert metrics[str(checkpoint)]["images"] == 8
+    explain.main([str(checkpoint), "--save-maps", "--out-dir", str(tmp_path / "maps")])
+    maps = np.load(next((tmp_path / "maps").glob("*.npz")))["run_grad-cam_predicted"]
+    assert maps.shape == ((8, 8, 8) if isinstance(model, ViT) else (8, 16, 16))
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_epoch(tmp_path, fails, monkeypatch):
     real = training.lr_at
     monkeypatch.setattr(training, "lr_at", lambda step, *a: 1e30 if step > 6 else real(step, *a))
@@ -366,6 +389,7 @@ def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
         (["--lr", "-1"], "--lr"),
         (["--lr", "nan"], "--lr"),
         (["--batch-size", "99999"], "--batch-size 99999 is more than the 1293"),
+        (["--dataset", "digits", "--image-size", "64"], "--image-size"),
         (["--dataset", "imagenet"], "--dataset"),
         (["--patch-size", "5"], "--patch-size 5 does not divide an image of 32"),
         (["--heads", "7"], "--heads 7 does not divide --dim 16"),
