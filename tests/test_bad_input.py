@@ -1,0 +1,145 @@
+"""What people give by mistake: one line that names it and says what to do, exit 2, nothing lost."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CNN
+from PIL import Image
+
+import explain
+import train_cnn
+from checkpoint import load_model
+from cli import UserError
+from data import read_image
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+
+
+def folder_of(root, *names, count=3):
+    """Folders of `count` images each."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            NOISE.save(root / name / f"{i}.png")
+
+
+def with_file(name, content):
+    """A good folder but for one file."""
+
+    def make(root):
+        folder_of(root, "cat", "dog", count=10)
+        if isinstance(content, bytes):
+            (root / name).write_bytes(content)
+        else:
+            content.save(root / name)
+
+    return make
+
+
+def truncated(root):
+    folder_of(root, "cat", "dog", count=10)
+    path = root / "dog" / "7.png"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+FOLDERS = {
+    "nothing in it": (lambda root: root.mkdir(), "no images in"),
+    "a file": (lambda root: root.write_text("photos"), "there is no such folder"),
+    "train/ only": (lambda root: folder_of(root, "train/a", "train/b"), "no folder test/<class>/"),
+    "test/ only": (lambda root: folder_of(root, "test/a", "test/b"), "no folder train/<class>/"),
+    "one class": (lambda root: folder_of(root, "cat"), "one class, 'cat'; two are needed"),
+    "one image of a class": (
+        lambda root: (folder_of(root, "cat", count=20), folder_of(root, "dog", count=1)),
+        "not every class an image on both sides",
+    ),
+    "a class that train/ lacks": (
+        lambda root: folder_of(root, "train/a", "train/b", "test/a", "test/c"),
+        "class 'c', which",
+    ),
+    "the same in val/": (
+        lambda root: folder_of(root, "train/a", "train/b", "test/a", "val/c"),
+        "class 'c', which",
+    ),
+    "an image of no bytes": (with_file("dog/x.jpg", b""), "dog/x.jpg: not an image"),
+    "a text called image": (with_file("dog/x.jpg", b"a dog"), "dog/x.jpg: not an image"),
+    "half an image": (truncated, "dog/7.png: not an image"),
+    "an image of floats": (
+        with_file("dog/x.tif", Image.new("F", (8, 8))),
+        "floating-point numbers; save it as PNG or JPEG",
+    ),
+    "an image of 200 megapixels": (
+        with_file("dog/x.png", Image.new("1", (20_000, 10_000))),
+        "exceeds limit",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_folders(kind, tmp_path, fails):
+    make, says = FOLDERS[kind]
+    root = tmp_path / "photos"
+    make(root)
+    argv = ["--dataset", "folder", "--data-dir", root, "--out-dir", tmp_path / "run", *TINY_CNN]
+    line = fails(train_cnn.main, *argv)
+    assert says in line and str(root) in line
+    assert not list(tmp_path.rglob(".cache*"))
+
+
+def test_images_that_are_odd_but_good(tmp_path):
+    """One pixel; a picture in motion, of which the first is taken; 100 megapixels."""
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "1.png")
+    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "2.webp", save_all=True, append_images=frames[1:], lossless=True)
+    Image.new("1", (10_000, 10_000), 1).save(tmp_path / "3.png")
+    for name, color in (("1.png", (255, 0, 0)), ("2.webp", (255, 0, 0)), ("3.png", (255,) * 3)):
+        read = read_image(tmp_path / name, 32)
+        assert read.size == (32, 32) and read.getcolors() == [(1024, color)]
+
+
+def test_nothing_is_wrong(trained, tmp_path, fails, monkeypatch):
+    """A network that is always right has no wrong images to show."""
+
+    def right(model, images, checkpoint, classes, device):
+        return torch.eye(10)[truth.pop(0)]
+
+    from data import load_data
+
+    order = torch.randperm(360, generator=torch.Generator().manual_seed(0))
+    labels = load_data("digits", ".").test.rows(order)[1]
+    truth = list(labels.split(explain.BATCH))
+    monkeypatch.setattr(explain, "probabilities", right)
+    line = fails(explain.main, trained["cnn"], "--show", "wrong", "--out-dir", tmp_path)
+    assert "--show wrong: there is no such image" in line
+
+
+def test_corrupted_checkpoints(trained, tmp_path):
+    """200 files, each damaged at random: refused in one line, or the very weights."""
+    source, path = trained["cnn"].read_bytes(), tmp_path / "corrupted.pt"
+    good = load_model(trained["cnn"])[0].state_dict()
+    refused = 0
+    for seed in range(200):
+        draw = random.Random(seed)
+        content, at = bytearray(source), draw.randrange(len(source))
+        length = draw.randrange(1, 2000)
+        match seed % 5:
+            case 0:
+                content[at] ^= 1 << draw.randrange(8)
+            case 1:
+                del content[at:]
+            case 2:
+                content[at : at + length] = bytes(length)
+            case 3:
+                content[at:at] = draw.randbytes(length)
+            case 4:
+                del content[at : at + length]
+        path.write_bytes(content)
+        try:
+            weights = load_model(path)[0].state_dict()
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert all(torch.equal(weights[name], good[name]) for name in good), seed
+    assert refused > 150
