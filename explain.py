@@ -39,7 +39,7 @@ from data import load_data_of, read_image
 from figures import overlay, plot_attention_heads, plot_attention_layers, plot_explanations
 from models import ViT
 
-BATCH = 256  # images that go through a network at once
+BATCH = 256  # images that go through a network at once, with 65 tokens
 LARGEST_SIDE = 2048  # pixels of an overlay on a user's photograph
 LARGEST_FIGURE = 32  # images: a figure of more rows could not be read
 
@@ -123,6 +123,11 @@ def prepare_images(images: torch.Tensor, checkpoint: dict, device) -> torch.Tens
     return normalise(images, mean, std).to(device)
 
 
+def batch_size_of(model) -> int:
+    """How many images to explain at once: fewer where attention (B, heads, N, N) is large."""
+    return max(1, BATCH * 65**2 // (model.grid**2 + 1) ** 2) if isinstance(model, ViT) else BATCH
+
+
 @torch.no_grad()
 def probabilities(model, images: torch.Tensor, checkpoint: dict, classes, device) -> torch.Tensor:
     """Softmax over `classes` (B, C), in their order, of images uint8 (B, 3, H, W)."""
@@ -185,7 +190,8 @@ def make_columns(name, model, checkpoint, images, labels, p, classes, methods, t
     for method in methods:
         for target in targets if method == "grad-cam" else (None,):
             goal = goals[target or "predicted"]
-            parts = zip(x.split(BATCH), place[goal].to(device).split(BATCH), strict=True)
+            size = batch_size_of(model)
+            parts = zip(x.split(size), place[goal].to(device).split(size), strict=True)
             maps = torch.cat([METHODS[method](model, *part).cpu() for part in parts])
             titles, colors = [], []
             for heat, row, c, label in zip(maps, p, goal, labels, strict=True):
@@ -312,7 +318,8 @@ def main(argv=None):
     figure.savefig(target_of(f"{stem}_explanations-{show}.png"), dpi=110)
     for name, (model, checkpoint) in models.items():
         if "attention" in methods[name]:
-            maps = attention_maps(model, prepare_images(images[shown], checkpoint, device)).cpu()
+            parts = prepare_images(images[shown], checkpoint, device).split(batch_size_of(model))
+            maps = torch.cat([attention_maps(model, part).cpu() for part in parts])
             title = f"{name}: the class token's attention"
             figure = plot_attention_layers(panels, names, maps, f"{title}, mean of the heads")
             figure.savefig(target_of(f"{name}_attention-layers-{show}.png"), dpi=110)
