@@ -1,12 +1,17 @@
 import hashlib
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_CNN
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -402,3 +407,29 @@ def test_a_photograph_taken_sideways_stands_upright(tmp_path):
     read = data.read_image(tmp_path / "a.png")
     assert read.size == (4, 6)
     assert read.getpixel((1, 1)) == (255, 0, 0) and read.getpixel((1, 5)) == (0, 0, 255)
+
+
+@pytest.mark.slow
+def test_a_folder_larger_than_memory(tmp_path):
+    """A cache of 2.5 GiB, from files of one pixel, trains in less than 1.5 GiB of memory."""
+    count = int(2.5 * 2**30 / (3 * 128 * 128)) + 1
+    for part, n in (("train", count - 200), ("test", 200)):
+        for name, color in (("bright", "white"), ("dark", "black")):
+            folder = tmp_path / "photos" / part / name
+            save_solid(folder / "0.png", color, (1, 1))
+            content = (folder / "0.png").read_bytes()
+            for i in range(1, n // 2):
+                (folder / f"{i}.png").write_bytes(content)
+    command = [sys.executable, str(ROOT / "train_cnn.py"), "--dataset", "folder", *TINY_CNN]
+    command += ["--data-dir", str(tmp_path / "photos"), "--out-dir", str(tmp_path / "run")]
+    command += ["--image-size", "128", "--epochs", "1", "--limit-batches", "50", "--device", "cpu"]
+    process, peak = subprocess.Popen(command), 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        anonymous = re.search(r"RssAnon:\s+(\d+) kB", status)
+        peak = max(peak, int(anonymous[1]) / 2**20 if anonymous else 0)
+        time.sleep(0.1)
+    (cache,) = (tmp_path / "photos").glob(".cache-128-*.npy")
+    assert process.returncode == 0 and cache.stat().st_size > 2.5 * 2**30
+    print(f"peak of anonymous memory: {peak:.2f} GiB")
+    assert 0.1 < peak < 1.5
