@@ -78,6 +78,11 @@ class Batches:
         return images.to(self.device), labels.to(self.device)
 
 
+def evaluation_batch_size(split: Split) -> int:
+    """500 images of 32×32, or as many pixels of others: what fits into memory without gradients."""
+    return max(1, 500 * 32 * 32 // split.images[0, 0].numel())
+
+
 class Taught:
     """Training batches whose labels are half the truth, half what a teacher says of the images.
 

@@ -96,7 +96,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, remembered: bool = False)
         metavar="NAME",
         default=None if remembered else "cifar10",
         help="cifar10 (downloaded on first use), digits (comes with scikit-learn), or folder "
-        "(DIR/train/<class>/* and DIR/test/<class>/*)" + note,
+        "(DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*)" + note,
     )
     group.add_argument(
         "--data-dir",

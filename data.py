@@ -8,6 +8,7 @@ Images stay uint8 `(M, 3, H, W)` until a batch is drawn of them (see `batches.py
 import dataclasses
 import hashlib
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -143,7 +144,16 @@ def load_data_of(
         image_size=first["image_size"],
         val_fraction=first["val_fraction"] if own or split == "val" else 0,
     )
+    if data.test.images.shape[-1] != first["image_size"]:
+        raise UserError(f"the checkpoints take images of {first['image_size']}, {data.name} has 32")
+    sizes = [len(split) for split in (data.train, data.val, data.test)]
+    has_test = data.name != "folder" or (Path(data_dir or first["data_dir"]) / "test").is_dir()
     for label, checkpoint in checkpoints.items():
+        if own and not has_test and sum(cards[label]["sizes"]) != sum(sizes):
+            raise UserError(
+                f"files have come or gone since {label} was trained, and its test split, "
+                "taken from among them, is another now: train again, or make train/ and test/"
+            )
         known, there = set(checkpoint["classes"]), set(data.classes)
         if known != there:
             raise UserError(
@@ -170,8 +180,8 @@ def _split(labels, indices, fraction, what) -> tuple[torch.Tensor, torch.Tensor]
         )
     except ValueError:
         raise UserError(
-            f"{what} {fraction} of {len(indices)} images: that gives not every class an image on "
-            "both sides; use another share, or more images"
+            f"{what} {fraction} of {len(indices)} images gives not every class an image on both "
+            "sides: use another share, or more images"
         ) from None
     return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
 
@@ -226,7 +236,7 @@ def _load_folder(root: Path, size: int):
     for part in ("train", "test") if there else ():
         if part not in there:
             raise UserError(
-                f"--data-dir {root}: there is no folder {part}/<class>/ beside the other"
+                f"--data-dir {root}: there is no folder {part}/<class>/ beside {there[0]}/"
             )
     files, parts, skipped = [], {}, 0
     for part in there or [""]:
@@ -245,10 +255,17 @@ def _load_folder(root: Path, size: int):
         if strange:
             raise UserError(f"{root}/{part} has class {strange[0]!r}, which {root}/train lacks")
     labels = torch.tensor([classes.index(name) for name in names])
-    notes = [f"skipped for lack of an image suffix: {skipped}"] if skipped else []
+    notes = [f"skipped {skipped} that are not {' '.join(IMG_EXTENSIONS)}"] if skipped else []
     if not there:
-        train, test = _split(labels, parts.pop(""), TEST_FRACTION, "the test split")
+        train, test = _split(
+            labels, parts.pop(""), TEST_FRACTION, f"--data-dir {root}: a test split of"
+        )
         parts = {"train": train, "test": test}
+        for row in set(range(len(classes))) - set(labels[test].tolist()):
+            raise UserError(
+                f"--data-dir {root}: of {classes[row]!r} there are too few images for a test split "
+                f"of {TEST_FRACTION:.0%}: add some, or make folders train/ and test/"
+            )
         notes.append(f"{TEST_FRACTION:.0%} of the images are the test split")
     return _cached_images(root, files, size), labels, parts, classes, "; ".join(notes)
 
@@ -260,9 +277,12 @@ def _scan(folder: Path):
     """
     found, skipped = [], 0
     for directory in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
+        if not directory.name.isprintable():
+            raise UserError(f"{folder}: the folder {directory.name!r} cannot be printed; rename it")
         with os.scandir(directory) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
+                hidden = entry.name.startswith(".")  # such as the ._x.jpg of macOS
+                if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file() and not hidden:
                     stat = entry.stat()
                     found.append((entry.path, f"{stat.st_size} {stat.st_mtime_ns}"))
                 else:
@@ -278,18 +298,23 @@ def _cached_images(root: Path, files: list[tuple[str, str]], size: int) -> torch
     if not cache.exists():
         partial = cache.with_suffix(f".{os.getpid()}.tmp")
         try:
-            array = np.lib.format.open_memmap(
-                partial, mode="w+", dtype=np.uint8, shape=(len(files), 3, size, size)
-            )
-            for row, (path, _) in enumerate(tqdm(files, "decoding", unit=" images", disable=None)):
-                array[row] = np.asarray(read_image(path, size)).transpose(2, 0, 1)
-            array.flush()
+            with partial.open("wb") as file:
+                header = {"descr": "|u1", "fortran_order": False}
+                header["shape"] = (len(files), 3, size, size)
+                np.lib.format.write_array_header_1_0(file, header)
+                for path, _ in tqdm(files, "decoding", unit=" images", disable=None):
+                    pixels = np.asarray(read_image(path, size))  # (size, size, 3)
+                    file.write(pixels.transpose(2, 0, 1).tobytes())
             for old in root.glob(f".cache-{size}-*.npy"):
                 old.unlink()
             partial.replace(cache)
         finally:
             partial.unlink(missing_ok=True)
     return torch.from_numpy(np.load(cache, mmap_mode="c"))  # "c": our writes would stay private
+
+
+# What Pillow raises for files that are no images, or damaged, or whose EXIF part is.
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, MemoryError, struct.error)
 
 
 def read_image(path: str | Path, size: int | None = None) -> Image.Image:
@@ -301,14 +326,15 @@ def read_image(path: str | Path, size: int | None = None) -> Image.Image:
         UserError: the file is missing, or no image that Pillow can read.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image)
+            with Image.open(path) as image:
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                image = to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not an image that can be read ({error})") from None
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

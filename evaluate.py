@@ -30,7 +30,7 @@ from sklearn.metrics import (
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from batches import Batches
+from batches import Batches, evaluation_batch_size
 from checkpoint import load_models
 from cli import Parser, add_data_flags, add_device_flag, choose_device, command, run
 from data import Data, Split, load_data_of
@@ -209,11 +209,15 @@ def main(argv=None):
     if not len(split):
         parser.error("--split val: these checkpoints were trained without a validation split")
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    print(f"{data.name}: {len(split):,} {args.split} images of {len(data.classes)} classes")
+    print(
+        f"{data.name}: {len(split):,} {args.split} images of {len(data.classes)} classes"
+        + (f"; {data.note}" if data.note else "")
+    )
 
     metrics, reports = {}, []
     for name, (model, checkpoint) in models.items():
-        batches = Batches(split, 500, mean=checkpoint["mean"], std=checkpoint["std"], device=device)
+        statistics = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+        batches = Batches(split, evaluation_batch_size(split), **statistics, device=device)
         started = time.perf_counter()
         logits, labels = predict(model, batches)
         seconds = time.perf_counter() - started
@@ -263,7 +267,7 @@ def main(argv=None):
     for old in [args.out_dir / "comparison.json", *args.out_dir.glob("events.out.*.evaluation")]:
         old.unlink(missing_ok=True)
     for name, text in written.items():
-        (args.out_dir / name).write_text(text + "\n")
+        (args.out_dir / name).write_text(text + "\n", encoding="utf-8")
     with SummaryWriter(args.out_dir, filename_suffix=".evaluation") as log:
         for name, figure in figures.items():
             figure.savefig(args.out_dir / f"{name}.png", dpi=120)

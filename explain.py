@@ -264,6 +264,8 @@ def main(argv=None):
         for other in others:
             if set(other["classes"]) != set(classes):
                 parser.error("the checkpoints know different classes: explain them one at a time")
+            if other["dataset"]["image_size"] != first["dataset"]["image_size"]:
+                parser.error("the checkpoints take images of different sizes: one at a time")
         files, pictures, images = read_photographs(args.images, first["dataset"]["image_size"])
         failed = len(files) < len(set(args.images))
         if not files:

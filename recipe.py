@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torchvision
 
-from batches import Batches, Taught
+from batches import Batches, Taught, evaluation_batch_size
 from checkpoint import load_checkpoint, load_model, plain
 from cli import Parser, UserError, add_data_flags, add_device_flag, choose_device, number
 from data import Data, load_data
@@ -99,11 +99,12 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
         saved = resumed["settings"]
         free = {"device", "amp", "data_dir", "teacher", "out_dir", "resume", "overwrite"}
         for key in sorted(set(typed) - free):
-            if plain(typed[key]) != saved.get(key):
+            own = saved.get(key, defaults[key])  # an older run may not know the flag
+            if plain(typed[key]) != own:
                 flag = "--" + key.replace("_", "-")
                 raise UserError(
                     f"{flag} {typed[key]} conflicts with the run in {out_dir}, which has "
-                    f"{saved.get(key)}: leave it out, or start anew in another --out-dir"
+                    f"{own}: leave it out, or start anew in another --out-dir"
                 )
         if resumed["epoch"] >= saved["epochs"]:
             print(f"{out_dir} is finished: {resumed['epoch']} of {saved['epochs']} epochs are done")
@@ -195,9 +196,11 @@ def in_words(values: dict) -> str:
 
 
 def alike(one: dict, other: dict, tolerance: float) -> bool:
-    """Whether two cards name the same classes in the same order, and nearly one mean and std."""
+    """Whether two cards have the same classes and image size, and nearly one mean and std."""
+    same = one["classes"] == other["classes"]
+    same &= one["dataset"]["image_size"] == other["dataset"]["image_size"]
     statistics = [card["mean"] + card["std"] for card in (one, other)]
-    return one["classes"] == other["classes"] and np.allclose(*statistics, rtol=0, atol=tolerance)
+    return same and np.allclose(*statistics, rtol=0, atol=tolerance)
 
 
 def same_data(card: dict, resumed: dict) -> None:
@@ -220,7 +223,7 @@ def load_teacher(path: Path, card: dict, device: torch.device) -> torch.nn.Modul
     teacher, checkpoint = load_model(path, device)
     if not alike(card, checkpoint, 0.02):
         raise UserError(
-            f"--teacher {path}: it was trained on other images or classes "
+            f"--teacher {path}: it was trained on other images, sizes or classes "
             f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): take a "
             "checkpoint trained on the same data set"
         )
@@ -235,7 +238,8 @@ def make_batches(data: Data, settings, device) -> tuple[Batches, Batches | None]
         flip=settings.flip, shift=settings.shift, erase=settings.erase,
         auto_augment=settings.auto_augment, mix=settings.mix, **common,
     )  # fmt: skip
-    val_batches = Batches(data.val, 500, **common) if len(data.val) else None
+    val_size = evaluation_batch_size(data.val)
+    val_batches = Batches(data.val, val_size, **common) if len(data.val) else None
     return train_batches, val_batches
 
 

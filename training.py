@@ -47,8 +47,12 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
     if resumed:
         try:
             model.load_state_dict(resumed["model"])
+            groups = optimizer.param_groups
             optimizer.load_state_dict(resumed["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            for old, new in zip(groups, optimizer.param_groups, strict=True):
+                if not old.keys() <= new.keys():
+                    raise ValueError("another optimizer")
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             line = " ".join(str(error).split())[:200]
             raise UserError(
                 f"--resume: {out_dir}/last.pt is not of this version ({line})"
@@ -82,7 +86,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             images, labels = images.to(device), labels.to(device)
 
             # 2. Learning rate: a function of the step, so a scheduler has nothing to remember.
-            lr = lr_at(step, total_steps, settings.warmup, settings.lr)
+            lr = float(lr_at(step, total_steps, settings.warmup, settings.lr))
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1)
 
@@ -260,28 +264,26 @@ class Optimizers:
     """Several optimizers, each over parameters of its own, which the loop uses as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
-        self.parts = {type(part).__name__: part for part in parts}
+        self.parts = parts
 
     @property
     def param_groups(self) -> list[dict]:
-        return [group for part in self.parts.values() for group in part.param_groups]
+        return [group for part in self.parts for group in part.param_groups]
 
     def step(self):
-        for part in self.parts.values():
+        for part in self.parts:
             part.step()
 
     def zero_grad(self):
-        for part in self.parts.values():
+        for part in self.parts:
             part.zero_grad()
 
-    def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, states: dict) -> None:
-        if states.keys() != self.parts.keys():
-            raise ValueError(f"its optimizer is not {' and '.join(self.parts)}")
-        for name, part in self.parts.items():
-            part.load_state_dict(states[name])
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
 # ---------------------------------------------------------------- what is logged

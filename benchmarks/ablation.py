@@ -1,7 +1,7 @@
 """What each ingredient brings: a network with one thing added, trained for a few epochs.
 
     python benchmarks/ablation.py cnn --data-dir data/cifar10-jpeg --epochs 3
-    python benchmarks/ablation.py vit --data-dir data/cifar10-jpeg --epochs 1 --variants recipe muon
+    python benchmarks/ablation.py vit --data-dir data/cifar10-jpeg --variants plain recipe
 
 Every run has the same data, split, seed and number of epochs. Prints validation accuracy and
 training seconds of each variant and appends them to benchmarks/results/ablation.jsonl. The test

@@ -54,6 +54,14 @@ FOLDERS = {
         lambda root: (folder_of(root, "cat", count=20), folder_of(root, "dog", count=1)),
         "not every class an image on both sides",
     ),
+    "two images of a class": (
+        lambda root: (folder_of(root, "cat", count=100), folder_of(root, "dog", count=2)),
+        "of 'dog' there are too few images for a test split",
+    ),
+    "a name that cannot be printed": (
+        lambda root: folder_of(root, "cat", "d\x07g"),
+        "cannot be printed; rename it",
+    ),
     "a class that train/ lacks": (
         lambda root: folder_of(root, "train/a", "train/b", "test/a", "test/c"),
         "class 'c', which",

@@ -261,7 +261,7 @@ def test_folder_is_decoded_cropped_and_counted(photos):
     folder = load_data("folder", photos)
     assert folder.classes == ["bright", "dark"]
     assert [len(s) for s in (folder.train, folder.val, folder.test)] == [21, 3, 8]
-    assert folder.note == "skipped for lack of an image suffix: 1"
+    assert folder.note == "skipped 1 that are not .jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp"
     with Image.open(photos / "test" / "dark" / "02.png") as image:  # 48 × 40
         expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=(4, 0, 44, 40))
     images, labels = folder.test.rows(slice(None))
@@ -282,26 +282,6 @@ def test_cache_is_used_and_a_changed_folder_invalidates_it(photos, tmp_path, mon
     changed = load_data("folder", photos)
     assert len(calls) == 32 and len(list(photos.glob(".cache-32-*.npy"))) == 1
     assert changed.test.rows([4])[0].flatten(2)[0, :, 0].tolist() == [255, 0, 0]
-
-
-def test_unreadable_image_is_named_and_leaves_no_cache(tmp_path):
-    for part in ("train", "test"):
-        for name in ("a", "b"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(10):
-                Image.new("RGB", (8, 8)).save(tmp_path / part / name / f"{i}.png")
-    (tmp_path / "train" / "b" / "7.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"train/b/7.png: not an image"):
-        load_data("folder", tmp_path)
-    assert not list(tmp_path.glob(".cache*"))
-
-
-def test_folder_whose_splits_differ_is_refused(tmp_path):
-    for path in ("train/a", "train/b", "test/a", "test/c"):
-        (tmp_path / path).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / path / "0.png")
-    with pytest.raises(UserError, match=r"class 'c', which .* lacks"):
-        load_data("folder", tmp_path)
 
 
 def test_jpeg_copy_keeps_order_and_classes(tmp_path, monkeypatch):

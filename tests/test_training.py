@@ -313,6 +313,31 @@ def test_larger_images_of_a_folder(photos, tmp_path, script, tiny):
     assert maps.shape == ((8, 8, 8) if isinstance(model, ViT) else (8, 16, 16))
 
 
+def test_sizes_are_not_mixed(trained, photos, tmp_path, fails):
+    """Checkpoints of 64-pixel images beside, on, or as teachers of 32-pixel ones."""
+    state = load_checkpoint(trained["cnn"])
+    state["dataset"]["image_size"] = 64
+    large = tmp_path / "large.pt"
+    save_checkpoint(large, state)
+    photo = photos / "test" / "dark" / "03.png"
+    line = fails(explain.main, trained["cnn"], large, "--images", photo)
+    assert "different sizes" in line
+    assert "images of 64, digits has 32" in fails(evaluate.main, large)
+    argv = [*FAST, *TINY_VIT, "--teacher", large, "--out-dir", tmp_path / "run"]
+    assert "trained on other images, sizes" in fails(train_vit.main, *argv)
+
+
+def test_a_test_split_that_has_changed_is_refused(photos, tmp_path, fails):
+    """A folder of one level, of which images were taken away after the training."""
+    root = shutil.copytree(photos / "train", tmp_path / "photos")
+    argv = ["--dataset", "folder", "--data-dir", root, "--batch-size", 8, "--epochs", 1]
+    train_cnn.main([*map(str, argv), *TINY_CNN, "--out-dir", str(tmp_path / "run")])
+    best = tmp_path / "run" / "best.pt"
+    evaluate.main([str(best), "--out-dir", str(tmp_path / "evaluation")])
+    (root / "dark" / "05.png").unlink()
+    assert "have come or gone" in fails(evaluate.main, best)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_epoch(tmp_path, fails, monkeypatch):
     real = training.lr_at
     monkeypatch.setattr(training, "lr_at", lambda step, *a: 1e30 if step > 6 else real(step, *a))
@@ -444,6 +469,8 @@ def test_resume_conflicts_are_named(trained, fails):
     out_dir = trained["cnn"].parent
     line = fails(train_cnn.main, "--resume", "--out-dir", out_dir, "--lr", "0.7")
     assert "--lr 0.7 conflicts" in line
+    line = fails(train_cnn.main, "--resume", "--out-dir", out_dir, "--image-size", "64")
+    assert "--image-size 64 conflicts" in line and "has 32" in line
     assert "is a cnn" in fails(train_vit.main, "--resume", "--out-dir", out_dir)
 
 
@@ -465,14 +492,18 @@ def test_resume_refuses_other_images(photos, tmp_path, fails):
     assert load_checkpoint(run / "last.pt")["epoch"] == 2
 
 
-@pytest.mark.parametrize("other", ["groups", "optimizers"])
+@pytest.mark.parametrize("other", ["groups", "optimizers", "AdamW for SGD"])
 def test_resume_refuses_other_groups_and_other_optimizers(trained, tmp_path, fails, other):
     state = load_checkpoint(trained["vit"].with_name("last.pt"))
     state["settings"]["epochs"] += 1
     if other == "groups":
-        state["optimizer"]["AdamW"]["param_groups"].pop()
+        state["optimizer"][1]["param_groups"].pop()
+    elif other == "AdamW for SGD":
+        groups = state["optimizer"][1]["param_groups"]
+        for group in groups:
+            del group["betas"]
     else:
-        state["optimizer"] = state["optimizer"]["AdamW"]
+        state["optimizer"] = state["optimizer"][1]
     save_checkpoint(tmp_path / "last.pt", state)
     line = fails(train_vit.main, "--resume", "--out-dir", tmp_path)
     assert "last.pt is not of this version" in line
