@@ -146,10 +146,9 @@ def load_data_of(
     )
     if data.test.images.shape[-1] != first["image_size"]:
         raise UserError(f"the checkpoints take images of {first['image_size']}, {data.name} has 32")
-    sizes = [len(split) for split in (data.train, data.val, data.test)]
     has_test = data.name != "folder" or (Path(data_dir or first["data_dir"]) / "test").is_dir()
     for label, checkpoint in checkpoints.items():
-        if own and not has_test and sum(cards[label]["sizes"]) != sum(sizes):
+        if own and not has_test and sum(cards[label]["sizes"]) != len(data.test.labels):
             raise UserError(
                 f"files have come or gone since {label} was trained, and its test split, "
                 "taken from among them, is another now: train again, or make train/ and test/"
