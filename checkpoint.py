@@ -1,4 +1,4 @@
-"""Checkpoints: dicts of plain types and tensors that rebuild their model and run no code.
+"""Save, load and publish checkpoints, dicts of plain types and tensors that run no code.
 
 `last.pt` holds everything that a training needs to go on; `best.pt` the weights that scored best
 on validation. To strip a checkpoint to its weights in half precision, small enough to publish:
@@ -53,6 +53,8 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give a checkpoint in it, such as best.pt")
         raise UserError(f"{path}: no such checkpoint; train_cnn.py and train_vit.py write them")
     try:
         contents = io.BytesIO(path.read_bytes())
@@ -63,10 +65,12 @@ def load_checkpoint(path: str | Path) -> dict:
         contents.seek(0)
         checkpoint = torch.load(contents, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors and plain types; not loaded") from None
+        raise UserError(
+            f"{path}: not loaded: it holds Python objects, which could run code"
+        ) from None
     except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: truncated, or not a checkpoint ({line})") from None
+        raise UserError(f"{path}: incomplete, or not a checkpoint ({line})") from None
     missing = set(KEYS) - set(checkpoint) if isinstance(checkpoint, dict) else set(KEYS)
     if missing:
         raise UserError(f"{path}: not a checkpoint of this project (lacks {min(missing)!r})")
@@ -84,7 +88,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
         model = build_model(checkpoint["model_name"], checkpoint["model_config"])
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])  # half becomes float32
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = " ".join(str(error).split()).split("state_dict for ")[-1][:200]
         raise UserError(f"{path}: its weights do not fit its model ({line})") from None
     return model.to(device).eval(), checkpoint
 
@@ -110,8 +114,8 @@ def plain(value):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("source", type=Path, help="a checkpoint of a training")
-    parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint, such as best.pt")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="file to write")
     args = parser.parse_args(argv)
     checkpoint = load_checkpoint(args.source)
     if args.target.exists():

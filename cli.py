@@ -5,6 +5,7 @@ import functools
 import math
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -68,11 +69,29 @@ def run(main) -> None:
     main()
 
 
+def make_out_dir(path: Path) -> None:
+    """Make the folder `path` and try that it can be written: better now than after an hour.
+
+    Raises:
+        UserError: it is a file, or cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out-dir {path}: cannot be written ({error.strerror}): choose another folder"
+        ) from None
+
+
 def number(kind, low, high=None, *, above: bool = False):
     """An argparse type: a finite `kind` from `low` to `high` (`above`: `low` itself is refused)."""
-    words = f"{'a whole number' if kind is int else 'a number'} "
-    words += f"above {low}" if above else f"of at least {low}"
-    words += "" if high is None else f" and at most {high}"
+    words = "a whole number " if kind is int else "a number "
+    if high is None:
+        words += f"above {low}" if above else f"of at least {low}"
+    else:
+        words += f"from {low} to {high}"
 
     def parse(text: str):
         try:
@@ -90,7 +109,7 @@ def number(kind, low, high=None, *, above: bool = False):
 def add_data_flags(parser: argparse.ArgumentParser, *, remembered: bool = False) -> None:
     """Add --dataset and --data-dir; `remembered`: a checkpoint supplies what is not typed."""
     group = parser.add_argument_group("data")
-    note = " (default: the checkpoint's)" if remembered else ""
+    note = " (default: as in training)" if remembered else ""
     group.add_argument(
         "--dataset",
         metavar="NAME",
@@ -103,7 +122,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, remembered: bool = False)
         type=Path,
         metavar="DIR",
         default=None if remembered else Path("data"),
-        help="where the data set lies or is to be put" + note,
+        help="folder of the data set; CIFAR-10 is downloaded into it" + note,
     )
 
 

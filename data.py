@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10
@@ -104,7 +104,7 @@ def load_data(
     elif name == "folder":
         images, labels, parts, classes, note = _load_folder(data_dir, image_size)
     else:
-        raise UserError(f"--dataset {name}: there is no such one; use cifar10, digits or folder")
+        raise UserError(f"--dataset {name}: unknown; use cifar10, digits or folder")
 
     if "val" not in parts:
         parts["val"] = parts["train"][:0]
@@ -135,7 +135,8 @@ def load_data_of(
         if any(card[key] != first[key] for card in cards.values()):
             said = ", ".join(f"{label}: {card[key]}" for label, card in cards.items())
             cure = "give --dataset and --data-dir" if key in unknown else "take one at a time"
-            raise UserError(f"the checkpoints differ in {key} ({said}): {cure}")
+            what = key.replace("name", "data set").replace("_", " ")
+            raise UserError(f"the checkpoints differ in their {what} ({said}): {cure}")
     elsewhere = data_dir is not None and str(data_dir) != str(first["data_dir"])
     own = name in (None, first["name"]) and not (first["name"] == "folder" and elsewhere)
     data = load_data(
@@ -156,8 +157,9 @@ def load_data_of(
         known, there = set(checkpoint["classes"]), set(data.classes)
         if known != there:
             raise UserError(
-                f"{label} knows {len(known)} classes, the data set has {len(there)}; only "
-                f"{label} has {_some(known - there)}; only the data set has {_some(there - known)}"
+                f"checkpoint {label} has {len(known)} classes, the data set {len(there)}; only the "
+                f"checkpoint has {_some(known - there)}; only the data set has "
+                f"{_some(there - known)}: choose its own data (--dataset, --data-dir)"
             )
     return data
 
@@ -165,7 +167,7 @@ def load_data_of(
 def _some(names: set[str]) -> str:
     """A few of the names, for a message."""
     shown = sorted(names)[:4]
-    return ", ".join(shown) + (", ..." if len(names) > 4 else "") or "none"
+    return ", ".join(map(repr, shown)) + (", ..." if len(names) > 4 else "") or "none"
 
 
 def _split(labels, indices, fraction, what) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,8 +181,8 @@ def _split(labels, indices, fraction, what) -> tuple[torch.Tensor, torch.Tensor]
         )
     except ValueError:
         raise UserError(
-            f"{what} {fraction} of {len(indices)} images gives not every class an image on both "
-            "sides: use another share, or more images"
+            f"{what} {fraction} of {len(indices)} images leaves a class without an image "
+            "in one part: add images, or split otherwise (--val-fraction; folders train/, test/)"
         ) from None
     return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
 
@@ -229,19 +231,23 @@ def channel_statistics(split: Split) -> tuple[tuple, tuple]:
 def _load_folder(root: Path, size: int):
     """Decode `root/<part>/<class>/*`, or `root/<class>/*`, once, then memory-map the cache."""
     if not root.is_dir():
-        raise UserError(f"--data-dir {root}: there is no such folder")
+        what = "is a file, not a folder" if root.exists() else "there is no such folder"
+        raise UserError(f"--data-dir {root}: {what}")
     there = [part for part in ("train", "val", "test") if (root / part).is_dir()]
     there = there if {"train", "test"} & set(there) else []
     for part in ("train", "test") if there else ():
         if part not in there:
             raise UserError(
-                f"--data-dir {root}: there is no folder {part}/<class>/ beside {there[0]}/"
+                f"--data-dir {root}: there is no folder {part}/<class>/ beside {there[0]}/: add it,"
+                " or put the classes' folders directly there"
             )
     files, parts, skipped = [], {}, 0
     for part in there or [""]:
         found, others = _scan(root / part)
         if not found:
-            raise UserError(f"--data-dir {root}: no images in {root / part}/<class>/")
+            raise UserError(
+                f"--data-dir {root}: no images in {root / part}/<class>/, such as cat/1.jpg"
+            )
         parts[part] = torch.arange(len(files), len(files) + len(found))
         files, skipped = files + found, skipped + others
 
@@ -252,7 +258,10 @@ def _load_folder(root: Path, size: int):
     for part in there[1:]:
         strange = sorted({names[row] for row in parts[part]} - set(classes))
         if strange:
-            raise UserError(f"{root}/{part} has class {strange[0]!r}, which {root}/train lacks")
+            raise UserError(
+                f"--data-dir {root}: class {strange[0]!r} is in {part}/ but not in train/: add it "
+                "there, or remove it"
+            )
     labels = torch.tensor([classes.index(name) for name in names])
     notes = [f"skipped {skipped} that are not {' '.join(IMG_EXTENSIONS)}"] if skipped else []
     if not there:
@@ -262,7 +271,7 @@ def _load_folder(root: Path, size: int):
         parts = {"train": train, "test": test}
         for row in set(range(len(classes))) - set(labels[test].tolist()):
             raise UserError(
-                f"--data-dir {root}: of {classes[row]!r} there are too few images for a test split "
+                f"--data-dir {root}: class {classes[row]!r} has too few images for a test split "
                 f"of {TEST_FRACTION:.0%}: add some, or make folders train/ and test/"
             )
         notes.append(f"{TEST_FRACTION:.0%} of the images are the test split")
@@ -333,8 +342,14 @@ def read_image(path: str | Path, size: int | None = None) -> Image.Image:
                 image = to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that can be read ({error})") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give image files") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not an image; replace or remove it") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: more than 178 megapixels; make it smaller") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path}: cannot be read ({error}); replace or remove it") from None
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image
@@ -347,7 +362,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: its values are floating-point numbers, on a scale that nobody knows.
     """
     if image.mode == "F":
-        raise ValueError("its values are floating-point numbers; save it as PNG or JPEG")
+        raise ValueError("its values are floating-point numbers")
     if image.mode.startswith("I"):  # up to 65,535
         values = np.asarray(image).astype(np.float32) / 257
         image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

@@ -1,14 +1,14 @@
-"""See what checkpoints get right: accuracy, report, confusion matrix, and how they compare.
+"""Evaluate and compare checkpoints: accuracy, report, confusion matrix.
 
     python evaluate.py runs/cifar10-cnn/best.pt
     python evaluate.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt
 
 Prints a table; writes into --out-dir, and to TensorBoard from there:
 
-    metrics.json               accuracy, F1, per class and in all, by checkpoint
+    metrics.json               accuracy and F1, in all and per class, of each checkpoint
     classification_report.txt  scikit-learn's, a section per checkpoint
     confusion_matrix.png       counts, and shares of each true class, a panel per checkpoint
-    learning_curves.png        of the trainings, by epoch and by time
+    learning_curves.png        by epoch and by training time
     comparison.json            with several checkpoints: accuracy, parameters, epochs, time
     class_examples.png, class_counts.png   what the data set holds
 """
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from batches import Batches, evaluation_batch_size
 from checkpoint import load_models
-from cli import Parser, add_data_flags, add_device_flag, choose_device, command, run
+from cli import Parser, add_data_flags, add_device_flag, choose_device, command, make_out_dir, run
 from data import Data, Split, load_data_of
 from models import count_parameters
 
@@ -192,7 +192,8 @@ def table(rows: list[list[str]]) -> str:
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                        help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
     add_data_flags(parser, remembered=True)
     parser.add_argument("--split", choices=("test", "val"), default="test", help="which images")
     parser.add_argument("--out-dir", type=Path, default=Path("runs/evaluation"), metavar="DIR",
@@ -207,8 +208,10 @@ def main(argv=None):
     data = load_data_of(checkpoints, args.dataset, args.data_dir, args.split)
     split = getattr(data, args.split)
     if not len(split):
-        parser.error("--split val: these checkpoints were trained without a validation split")
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+        parser.error(
+            "--split val: these checkpoints were trained without validation; use --split test"
+        )
+    make_out_dir(args.out_dir)
     print(
         f"{data.name}: {len(split):,} {args.split} images of {len(data.classes)} classes"
         + (f"; {data.note}" if data.note else "")

@@ -11,9 +11,9 @@ Prints each prediction; writes figures into --out-dir:
     <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
     <file>_<checkpoint>_<method>.png   with --images: the overlay on the photograph itself,
                                        its middle square, which is what the networks see
-
-    B batch   C classes   K channels or token width   h, w grid of a map   N tokens   L layers
 """
+
+# B batch   C classes   K channels or token width   h, w grid of a map   N tokens   L layers
 
 import sys
 from pathlib import Path
@@ -32,6 +32,7 @@ from cli import (
     add_device_flag,
     choose_device,
     command,
+    make_out_dir,
     number,
     run,
 )
@@ -212,23 +213,24 @@ def make_columns(name, model, checkpoint, images, labels, p, classes, methods, t
 
 def add_flags(parser: Parser) -> None:
     """The flags of this script."""
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                        help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
     group = parser.add_argument_group("images of your own")
     group.add_argument("--images", nargs="+", type=Path, metavar="FILE",
                        help="explain these files in place of test images")  # fmt: skip
     add_data_flags(parser, remembered=True)
     group = parser.add_argument_group("test images")
     group.add_argument("--show", choices=("any", "correct", "wrong"),
-                       help="those that every checkpoint gets right, or that one at least "
-                       "gets wrong (default: any)")  # fmt: skip
+                       help="correct: all checkpoints are right; wrong: at least one is not "
+                       "(default: any)")  # fmt: skip
     group.add_argument("--count", type=number(int, 1), metavar="N", help="how many (default: 8)")
     group = parser.add_argument_group("explanations")
     group.add_argument("--target", nargs="+", metavar="CLASS",
-                       help="what Grad-CAM explains: predicted, true, or names of classes "
-                       "(default: predicted)")  # fmt: skip
+                       help="what Grad-CAM explains, a map each: predicted, true, or a class's "
+                       "name (default: predicted)")  # fmt: skip
     group.add_argument("--method", nargs="+", choices=METHODS,
-                       help="default: Grad-CAM; for a ViT attention and rollout, too")  # fmt: skip
-    group.add_argument("--save-maps", action="store_true", help="write the maps as .npz, too")
+                       help="(default: grad-cam; for a ViT all three)")  # fmt: skip
+    group.add_argument("--save-maps", action="store_true", help="also write the maps as .npz")
     parser.add_argument("--out-dir", type=Path, default=Path("runs/explanations"), metavar="DIR",
                         help="where the figures go")  # fmt: skip
     add_device_flag(parser)
@@ -242,9 +244,11 @@ def main(argv=None):
     if args.images:
         for flag in ("show", "count", "dataset", "data_dir"):
             if getattr(args, flag) is not None:
-                parser.error(f"--{flag.replace('_', '-')} is about test images: not with --images")
+                parser.error(
+                    f"--{flag.replace('_', '-')} is for test images: leave it out with --images"
+                )
     if args.target and args.method and "grad-cam" not in args.method:
-        parser.error(f"--target: {' and '.join(args.method)} explain no class; add grad-cam")
+        parser.error("--target is for Grad-CAM alone: add --method grad-cam, or leave it out")
 
     device = choose_device(args.device)
     models = load_models(list(dict.fromkeys(args.checkpoints)), device)
@@ -287,7 +291,7 @@ def main(argv=None):
     targets = args.target or ["predicted"]
     for target in targets:
         if target == "true" and args.images:
-            parser.error("--target true: nobody has said what is true of --images")
+            parser.error("--target true: --images have no labels; use predicted or a class's name")
         if target not in ("predicted", "true", *classes):
             parser.error(f"--target {target}: the classes are {', '.join(classes)}")
 
@@ -304,7 +308,7 @@ def main(argv=None):
         )
 
     # 3. The figures.
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    make_out_dir(args.out_dir)
     written, stem = [], "+".join(models)
 
     def target_of(file: str) -> Path:  # a checkpoint may be called by its path

@@ -71,12 +71,15 @@ class CNN(nn.Module):
     ):
         super().__init__()
         if len(widths) != len(depths) or not widths:
-            raise ValueError(f"widths {widths} and depths {depths} must name the same stages")
+            raise ValueError(
+                f"widths has {len(widths)} numbers, depths {len(depths)}: give both as many"
+            )
         if min(classes, stem, *widths) < 1 or min(depths) < 0:
             raise ValueError("classes, stem and widths must be at least 1, depths at least 0")
         if image_size < 2 ** (len(widths) + 1):
             raise ValueError(
-                f"{len(widths)} stages (widths) leave of {image_size} pixels no map of 2×2 or more"
+                f"widths: {len(widths)} stages, each halving the image, are too many for "
+                f"{image_size} pixels; use fewer"
             )
         self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.stem_norm = nn.BatchNorm2d(stem)

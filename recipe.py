@@ -4,7 +4,6 @@ import argparse
 import re
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,15 @@ import torchvision
 
 from batches import Batches, Taught, evaluation_batch_size
 from checkpoint import load_checkpoint, load_model, plain
-from cli import Parser, UserError, add_data_flags, add_device_flag, choose_device, number
+from cli import (
+    Parser,
+    UserError,
+    add_data_flags,
+    add_device_flag,
+    choose_device,
+    make_out_dir,
+    number,
+)
 from data import Data, load_data
 from models import build_model, count_parameters
 from training import choose_amp
@@ -22,46 +29,47 @@ from training import choose_amp
 def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
     """The flags that both scripts share; `parser.set_defaults(...)` in a script gives values."""
     changes = {"--recipe best": best, "--dataset digits": digits}
-    epilog = "; ".join(f"defaults of {flag}: {in_words(new)}" for flag, new in changes.items())
-    parser = Parser(manual, epilog=epilog)
+    lines = [f"{flag} sets {as_flags(new)}" for flag, new in changes.items()]
+    lines.append("With both, --dataset digits decides; what you type always does.")
+    parser = Parser(manual, epilog="\n".join(lines))
     add_data_flags(parser)
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--recipe", choices=("fast", "best"), default="fast",
-        help="fast: a good network soon; best: the most accurate one")  # fmt: skip
+        help="fast: good accuracy in little time; best: the highest accuracy")  # fmt: skip
     add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
-    add("--batch-size", type=number(int, 1), metavar="N", help="images in a step")
+    add("--batch-size", type=number(int, 1), metavar="N", help="images per training step")
     add("--lr", type=number(float, 0, above=True), metavar="X", help="highest learning rate")
     add("--warmup", type=number(float, 0, 0.9), metavar="X",
-        help="share of the steps in which the rate goes up; then it goes down to 0")  # fmt: skip
-    add("--weight-decay", type=number(float, 0), metavar="X", help="on matrices and filters")
+        help="share of the steps, 0 to 0.9, in which the rate rises; then it falls")  # fmt: skip
+    add("--weight-decay", type=number(float, 0), metavar="X", help="not of biases and norms")
     add("--label-smoothing", type=number(float, 0, 0.9), metavar="X", help="0: off")
-    add("--clip", type=number(float, 0), metavar="X", help="longest gradient allowed; 0: any")
+    add("--clip", type=number(float, 0), metavar="X", help="clip the gradient norm to X; 0: never")
     add("--ema-decay", type=number(float, 0, 0.99999), metavar="X",
-        help="how slowly the averaged weights follow; 0: no average")  # fmt: skip
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
+        help="decay of the moving average (EMA) of the weights; 0: no average")  # fmt: skip
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random")
     add("--shift", type=number(int, 0, 31), metavar="N", help="move images by up to N pixels")
-    add("--erase", type=number(int, 0, 32), metavar="N", help="blank a square of N pixels; 0: none")
+    add("--erase", type=number(int, 0, 32), metavar="N", help="blank N×N pixels; 0: none")
     add("--auto-augment", action=argparse.BooleanOptionalAction,
-        help="TrivialAugmentWide, a draw for every 16th part of a batch")  # fmt: skip
+        help="TrivialAugmentWide, one random operation per 16th of a batch")  # fmt: skip
     add("--mix", type=number(float, 0, 1), metavar="X",
         help="share of the batches mixed by CutMix or MixUp")  # fmt: skip
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
-        help="of weights, order, augmentation; the splits never depend on it")  # fmt: skip
+        help="random seed of weights, order, augmentation; the splits stay the same")  # fmt: skip
     add("--image-size", type=number(int, 32, 128), default=32, metavar="N",
-        help="side to which a folder's images are scaled; the others have 32")  # fmt: skip
+        help="with --dataset folder: side of the images in pixels, 32 to 128")  # fmt: skip
     add("--val-fraction", type=number(float, 0, 0.9), default=0.1, metavar="X",
-        help="share of the training images kept for validation; 0: none")  # fmt: skip
+        help="share of the training images for validation; 0: best.pt is the last")  # fmt: skip
     group = parser.add_argument_group("run")
     add = group.add_argument
     add_device_flag(group)
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-        help="half precision; auto: on a CUDA GPU only")  # fmt: skip
+        help="automatic mixed precision; auto: on with CUDA, off without")  # fmt: skip
     add("--out-dir", type=Path, metavar="DIR",
         help="where checkpoints and curves go (default: runs/<dataset>-<model>)")  # fmt: skip
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on from last.pt in the out-dir")
-    either.add_argument("--overwrite", action="store_true", help="replace the run in the out-dir")
+    either.add_argument("--resume", action="store_true", help="go on from last.pt in --out-dir")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
     add("--limit-batches", type=number(int, 1, 2**31), metavar="N",
         help="at most N batches an epoch, to try something out (default: all)")  # fmt: skip
     return parser
@@ -90,12 +98,17 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
 
     if settings["resume"]:
         if not (out_dir / "last.pt").is_file():
-            raise UserError(f"--resume: there is no {out_dir / 'last.pt'} to go on from")
+            raise UserError(
+                f"--resume: there is no {out_dir / 'last.pt'}: check --out-dir, or leave it out"
+            )
         resumed = load_checkpoint(out_dir / "last.pt")
         if resumed["optimizer"] is None:
             raise UserError(f"--resume: {out_dir / 'last.pt'} holds weights only, no training")
         if resumed["model_name"] != model_name:
-            raise UserError(f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}")
+            raise UserError(
+                f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}: go on with "
+                f"train_{resumed['model_name']}.py, or give this run another --out-dir"
+            )
         saved = resumed["settings"]
         free = {"device", "amp", "data_dir", "teacher", "out_dir", "resume", "overwrite"}
         for key in sorted(set(typed) - free):
@@ -138,11 +151,9 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
     device = choose_device(settings.device)
     amp_dtype = choose_amp(settings.amp, device)
     out_dir = Path(settings.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out_dir):
-        pass  # it can be written: better to fail now than after the first epoch
+    make_out_dir(out_dir)
     if settings.image_size != 32 and settings.dataset != "folder":
-        raise UserError(f"--image-size: {settings.dataset} has images of 32; leave it out")
+        raise UserError("--image-size is for --dataset folder alone: leave it out")
     data = load_data(
         settings.dataset,
         settings.data_dir,
@@ -178,21 +189,28 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
     else:
         for path in earlier_run(out_dir):  # all is well: now an earlier run may go
             path.unlink()
+    choices = {key: getattr(settings, key) for key in [*model_settings, "flip"]}
     print(
         f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
         f"{len(data.test):,} test images; {model_name} of "
         f"{count_parameters(model):,} parameters; {settings.epochs} epochs, batch "
         f"{settings.batch_size}, on {device.type}, "
         f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
-        + (f"; {in_words(model_config)}, flip {settings.flip}" if data.name == "digits" else "")
+        + (f"; {as_flags(choices)}" if data.name == "digits" else "")
         + (f"; {data.note}" if data.note else "")
     )
     return model, train_batches, val_batches, card
 
 
-def in_words(values: dict) -> str:
-    """{"patch_size": 8, "flip": False} as "patch size 8, flip False"."""
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+def as_flags(values: dict) -> str:
+    """{"patch_size": 8, "flip": False} as "--patch-size 8 --no-flip"."""
+    words = []
+    for key, value in values.items():
+        flag = "--no-" if value is False else "--"
+        words.append(flag + key.replace("_", "-"))
+        if not isinstance(value, bool):
+            words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
 
 
 def alike(one: dict, other: dict, tolerance: float) -> bool:
@@ -220,7 +238,10 @@ def load_teacher(path: Path, card: dict, device: torch.device) -> torch.nn.Modul
     Raises:
         UserError: it cannot be read, or was trained on other images.
     """
-    teacher, checkpoint = load_model(path, device)
+    try:
+        teacher, checkpoint = load_model(path, device)
+    except UserError as error:
+        raise UserError(f"--teacher {error}") from None
     if not alike(card, checkpoint, 0.02):
         raise UserError(
             f"--teacher {path}: it was trained on other images, sizes or classes "

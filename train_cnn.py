@@ -1,11 +1,11 @@
 """Train the CNN.
 
-    python train_cnn.py --dataset digits                     40 seconds, 99% of the test images
-    python train_cnn.py                                      CIFAR-10, 27 minutes, 87%
+    python train_cnn.py --dataset digits                     40 seconds, 99% test accuracy
+    python train_cnn.py                                      CIFAR-10: 27 minutes, 87%
     python train_cnn.py --dataset folder --data-dir photos   photos/train/<class>/*, photos/test
 
-Times on two CPU cores; 87% was measured on a JPEG copy of CIFAR-10. Prints a row per epoch;
-writes checkpoints and TensorBoard curves to --out-dir.
+Times on two CPU cores; the 87% on a JPEG copy of CIFAR-10 (see README). Prints a row per epoch;
+writes checkpoints and TensorBoard curves to --out-dir: see them by tensorboard --logdir runs
 """
 
 import torch
@@ -65,13 +65,13 @@ def main(argv=None):
     parser = recipe_parser(__doc__, BEST, DIGITS)
     group = parser.add_argument_group("CNN")
     group.add_argument("--norm-bias-lr", type=number(float, 0), metavar="X",
-                       help="rate of the norms' biases, as a multiple of --lr")  # fmt: skip
+                       help="learning rate of the norms' biases, a multiple of --lr")  # fmt: skip
     group.add_argument("--stem", type=number(int, 1, 54), metavar="N",
-                       help="channels at full size")  # fmt: skip
+                       help="channels of the first convolution")  # fmt: skip
     group.add_argument("--widths", type=number(int, 1), nargs="+", metavar="N",
-                       help="channels of each stage; every stage halves the image")  # fmt: skip
+                       help="channels of each stage; a stage halves the image's side")  # fmt: skip
     group.add_argument("--depths", type=number(int, 0), nargs="+", metavar="N",
-                       help="residual blocks of each stage")  # fmt: skip
+                       help="residual blocks of each stage; as many as --widths")  # fmt: skip
     parser.set_defaults(**RECIPE)
     settings, resumed = parse_settings(parser, argv, "cnn", BEST, DIGITS)
 

@@ -1,11 +1,11 @@
 """Train the Vision Transformer.
 
-    python train_vit.py --dataset digits                     100 seconds, 99% of the test images
-    python train_vit.py                                      CIFAR-10, 75 minutes, 79%
+    python train_vit.py --dataset digits                     100 seconds, 99% test accuracy
+    python train_vit.py                                      CIFAR-10: 75 minutes, 79%
     python train_vit.py --dataset folder --data-dir photos   photos/train/<class>/*, photos/test
 
-Times on two CPU cores; 79% was measured on a JPEG copy of CIFAR-10. Prints a row per epoch;
-writes checkpoints and TensorBoard curves to --out-dir.
+Times on two CPU cores; the 79% on a JPEG copy of CIFAR-10 (see README). Prints a row per epoch;
+writes checkpoints and TensorBoard curves to --out-dir: see them by tensorboard --logdir runs
 """
 
 from pathlib import Path
@@ -65,18 +65,19 @@ def main(argv=None):
     parser = recipe_parser(__doc__, BEST, DIGITS)
     group = parser.add_argument_group("ViT")
     group.add_argument("--muon-lr", type=number(float, 0, above=True), metavar="X",
-                       help="rate of the blocks' matrices, --lr that of all the rest")  # fmt: skip
+                       help="Muon's learning rate (blocks' matrices); --lr is AdamW's")  # fmt: skip
     group.add_argument("--patch-size", type=number(int, 1), metavar="N",
-                       help="side of a patch in pixels; it must divide the image's")  # fmt: skip
-    group.add_argument("--dim", type=number(int, 1), metavar="N", help="width of a token")
+                       help="side of a patch in pixels; must divide the image's side")  # fmt: skip
+    group.add_argument("--dim", type=number(int, 1), metavar="N", help="embedding dimension")
     group.add_argument("--depth", type=number(int, 1), metavar="N", help="number of blocks")
-    group.add_argument("--heads", type=number(int, 1), metavar="N", help="must divide --dim")
+    group.add_argument("--heads", type=number(int, 1), metavar="N",
+                       help="attention heads of a block; must divide --dim")  # fmt: skip
     group.add_argument("--mlp-ratio", type=number(float, 0, above=True), metavar="X",
-                       help="width of an MLP's hidden layer, in token widths")  # fmt: skip
+                       help="hidden width of the MLPs, as a multiple of --dim")  # fmt: skip
     group.add_argument("--drop-path", type=number(float, 0, 0.9), metavar="X",
-                       help="stochastic depth: how often the last block is left out")  # fmt: skip
+                       help="stochastic depth: probability in the last block")  # fmt: skip
     group.add_argument("--teacher", type=Path, metavar="FILE",
-                       help="a checkpoint to learn from as well, such as the CNN's")  # fmt: skip
+                       help="distillation: checkpoint to learn from, such as a CNN's")  # fmt: skip
     parser.set_defaults(**RECIPE)
     settings, resumed = parse_settings(parser, argv, "vit", BEST, DIGITS)
 

@@ -126,7 +126,8 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""
             raise UserError(
                 f"the loss or the weights became infinite in epoch {epoch} (step {step}) with "
-                f"--lr {settings.lr:g}: start again with a smaller one{kept}"
+                f"--lr {settings.lr:g}: start again with a smaller one "
+                f"(for a ViT also --muon-lr){kept}"
             )
 
         # 8. Log: a row here and in the history, points in TensorBoard.

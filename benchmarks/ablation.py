@@ -240,14 +240,18 @@ def run(name: str, variant: dict, args, data) -> dict:
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("network", choices=SCRIPTS)
-    parser.add_argument("--variants", nargs="+", help="default: all")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--teacher", type=Path, default=Path("pretrained/cnn.pt"))
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--limit-batches", type=int)
-    parser.add_argument("--results", type=Path, default=RESULTS / "ablation.jsonl")
+    parser.add_argument("--variants", nargs="+", metavar="NAME",
+                        help="names of functions of this file (default: all)")  # fmt: skip
+    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="of each run")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of each run")
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
+                        help="folder of images, such as data/cifar10-jpeg")  # fmt: skip
+    parser.add_argument("--teacher", type=Path, default=Path("pretrained/cnn.pt"), metavar="FILE",
+                        help="checkpoint for the variants with a teacher")  # fmt: skip
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: all)")
+    parser.add_argument("--limit-batches", type=int, metavar="N", help="at most N an epoch")
+    parser.add_argument("--results", type=Path, default=RESULTS / "ablation.jsonl", metavar="FILE",
+                        help="where the rows are appended")  # fmt: skip
     args = parser.parse_args(argv)
     unknown = set(args.variants or ()) - set(VARIANTS[args.network])
     if unknown:

@@ -121,12 +121,14 @@ def best_and_peer(args, deadline: float, model: str, peer: str) -> dict:
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--part", type=int, choices=(1, 2, 3), required=True)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--out-dir", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=60, help="of parts 2 and 3")
-    parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--part", type=int, choices=(1, 2, 3), required=True, help="see above")
+    parser.add_argument("--data-dir", required=True, metavar="DIR",
+                        help="folder of images, such as data/cifar10-jpeg")  # fmt: skip
+    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR",
+                        help="where logs, results and weights go")  # fmt: skip
+    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="of parts 2 and 3")
+    parser.add_argument("--minutes", type=float, default=7.5, metavar="X", help="time of the part")
+    parser.add_argument("--tiny", action="store_true", help="three steps each")
     args = parser.parse_args(argv)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     args.data = ["--dataset", "folder", "--data-dir", args.data_dir]

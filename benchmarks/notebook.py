@@ -153,12 +153,14 @@ def in_our_loop(name: str, batches, steps: int) -> tuple[float, int]:
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--model", choices=("cnn", "vit"), default="cnn")
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=60, help="steps of a timed round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epoch", action="store_true", help="a whole epoch of the notebook's too")
-    parser.add_argument("--results", type=Path, default=RESULTS / "notebook.jsonl")
+    parser.add_argument("--model", choices=("cnn", "vit"), default="cnn", help="which network")
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
+                        help="folder of images, such as data/cifar10-jpeg")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of a timed round")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repetitions")
+    parser.add_argument("--epoch", action="store_true", help="also one whole epoch")
+    parser.add_argument("--results", type=Path, default=RESULTS / "notebook.jsonl", metavar="FILE",
+                        help="where the rows are appended")  # fmt: skip
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

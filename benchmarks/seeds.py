@@ -31,10 +31,16 @@ def main(argv=None):
     flags = argv[len(own) + 1 :]
     parser = Parser(__doc__)
     parser.add_argument("network", choices=SCRIPTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--target", type=float, required=True, help="validation accuracy, 0 to 1")
-    parser.add_argument("--out-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=Path, default=RESULTS / "seeds.jsonl")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="a training each"
+    )
+    parser.add_argument("--target", type=float, required=True, metavar="X",
+                        help="validation accuracy to time, 0 to 1")  # fmt: skip
+    parser.add_argument(
+        "--out-dir", type=Path, default=Path("runs"), metavar="DIR", help="of the runs"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS / "seeds.jsonl", metavar="FILE",
+                        help="where the rows are appended")  # fmt: skip
     args = parser.parse_args(own)
     rows = []
     for seed in args.seeds:

@@ -157,11 +157,12 @@ def show(result: dict) -> None:
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("model", choices=SCRIPTS)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--peak", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS / "throughput.jsonl")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a timed round")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, too")
+    parser.add_argument("--peak", action="store_true", help="share of the matrix peak, too")
+    parser.add_argument("--results", type=Path, default=RESULTS / "throughput.jsonl",
+                        metavar="FILE", help="where the rows are appended")  # fmt: skip
     args = parser.parse_args(argv)
     result = measure(args.model, args.steps, args.rounds, args.compile, args.peak)
     show(result)

@@ -55,11 +55,14 @@ def cosine(step: int, total_steps: int, warmup: float, peak: float) -> float:
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("peer", choices=("separable", "vit"))
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit-batches", type=int)
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
+                        help="folder of images, such as data/cifar10-jpeg")  # fmt: skip
+    parser.add_argument(
+        "--epochs", type=int, default=60, metavar="N", help="passes over the images"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
+    parser.add_argument("--limit-batches", type=int, metavar="N", help="at most N an epoch")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the result")
     args = parser.parse_args(argv)
     data = load_data("folder", args.data_dir)
     torch.manual_seed(args.seed)

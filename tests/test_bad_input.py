@@ -46,17 +46,17 @@ def truncated(root):
 
 FOLDERS = {
     "nothing in it": (lambda root: root.mkdir(), "no images in"),
-    "a file": (lambda root: root.write_text("photos"), "there is no such folder"),
+    "a file": (lambda root: root.write_text("photos"), "is a file, not a folder"),
     "train/ only": (lambda root: folder_of(root, "train/a", "train/b"), "no folder test/<class>/"),
     "test/ only": (lambda root: folder_of(root, "test/a", "test/b"), "no folder train/<class>/"),
     "one class": (lambda root: folder_of(root, "cat"), "one class, 'cat'; two are needed"),
     "one image of a class": (
         lambda root: (folder_of(root, "cat", count=20), folder_of(root, "dog", count=1)),
-        "not every class an image on both sides",
+        "leaves a class without an image",
     ),
     "two images of a class": (
         lambda root: (folder_of(root, "cat", count=100), folder_of(root, "dog", count=2)),
-        "of 'dog' there are too few images for a test split",
+        "class 'dog' has too few images for a test split",
     ),
     "a name that cannot be printed": (
         lambda root: folder_of(root, "cat", "d\x07g"),
@@ -72,14 +72,14 @@ FOLDERS = {
     ),
     "an image of no bytes": (with_file("dog/x.jpg", b""), "dog/x.jpg: not an image"),
     "a text called image": (with_file("dog/x.jpg", b"a dog"), "dog/x.jpg: not an image"),
-    "half an image": (truncated, "dog/7.png: not an image"),
+    "half an image": (truncated, "dog/7.png: cannot be read"),
     "an image of floats": (
         with_file("dog/x.tif", Image.new("F", (8, 8))),
-        "floating-point numbers; save it as PNG or JPEG",
+        "floating-point numbers",
     ),
     "an image of 200 megapixels": (
         with_file("dog/x.png", Image.new("1", (20_000, 10_000))),
-        "exceeds limit",
+        "more than 178 megapixels",
     ),
 }
 

@@ -64,13 +64,13 @@ def damaged(kind, good, folder):
     ("kind", "says"),
     [
         ("missing", "no such checkpoint"),
-        ("directory", "no such checkpoint"),
+        ("directory", "is a folder"),
         ("empty", "not a checkpoint"),
         ("truncated", "not a checkpoint"),
         ("text", "not a checkpoint"),
         ("bit flipped", "damaged"),
         ("pickle", "not a checkpoint"),
-        ("torch pickle", "more than tensors and plain types"),
+        ("torch pickle", "which could run code"),
         ("other project's", "lacks 'best'"),
         ("tensor", "not a checkpoint of this project"),
         ("other shapes", "do not fit"),
@@ -134,9 +134,9 @@ def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
     other = tmp_path / "other.pt"
     checkpoint.save_checkpoint(other, state)
     cards = {"a": checkpoint.load_checkpoint(trained["cnn"]), "b": state}
-    with pytest.raises(UserError, match="differ in name"):
+    with pytest.raises(UserError, match="differ in their data set"):
         load_data_of(cards, None, None)
     with pytest.raises(
-        UserError, match=r"10 classes, the data set has 2; .* only the data set has bright, dark"
+        UserError, match=r"10 classes, the data set 2; .* only the data set has 'bright', 'dark'"
     ):
         load_data_of(cards, "folder", photos)

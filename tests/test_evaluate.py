@@ -106,4 +106,4 @@ def test_one_checkpoint_on_the_validation_split(trained, tmp_path):
 def test_a_folder_of_other_classes_is_refused(trained, photos, fails):
     argv = ["--dataset", "folder", "--data-dir", photos]
     line = fails(evaluate.main, trained["cnn"], *argv)
-    assert "only the data set has bright, dark" in line
+    assert "only the data set has 'bright', 'dark'" in line

@@ -239,8 +239,8 @@ def test_same_names_and_dollars_are_kept_apart(trained, photos, tmp_path):
     [
         (["--target", "dog"], "--target dog: the classes are 0, 1"),
         (["--images", "no-such.jpg"], "no-such.jpg"),
-        (["--images", "README.md", "no-such.jpg", "--count", "3"], "--count is about test images"),
-        (["--method", "rollout", "--target", "3"], "--target: rollout explain no class"),
+        (["--images", "README.md", "no-such.jpg", "--count", "3"], "--count is for test images"),
+        (["--method", "rollout", "--target", "3"], "--target is for Grad-CAM alone"),
         (["--count", "0"], "--count"),
         (["--method", "rollout"], "--method rollout: a CNN has no attention"),
         (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere"),
