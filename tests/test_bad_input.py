@@ -64,11 +64,11 @@ FOLDERS = {
     ),
     "a class that train/ lacks": (
         lambda root: folder_of(root, "train/a", "train/b", "test/a", "test/c"),
-        "class 'c', which",
+        "class 'c' is in test/ but not in train/",
     ),
     "the same in val/": (
         lambda root: folder_of(root, "train/a", "train/b", "test/a", "val/c"),
-        "class 'c', which",
+        "class 'c' is in val/ but not in train/",
     ),
     "an image of no bytes": (with_file("dog/x.jpg", b""), "dog/x.jpg: not an image"),
     "a text called image": (with_file("dog/x.jpg", b"a dog"), "dog/x.jpg: not an image"),
