@@ -18,10 +18,12 @@ from torch import nn
 from cli import Parser, UserError, command, run
 from models import build_model
 
-KEYS = (
-    "model_name model_config model ema optimizer scaler epoch step best history settings "
-    "classes mean std dataset versions"
-).split()
+KEYS = {  # what a checkpoint holds
+    "model_name": str, "model_config": dict, "model": dict, "ema": dict | None,
+    "optimizer": dict | list | None, "scaler": dict | None, "epoch": int, "step": int,
+    "best": dict, "history": list, "settings": dict, "classes": list, "mean": list, "std": list,
+    "dataset": dict, "versions": dict,
+}  # fmt: skip
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -30,7 +32,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     Raises:
         OSError: the file cannot be written; an old file is left as it was.
     """
-    assert set(checkpoint) == set(KEYS), set(checkpoint) ^ set(KEYS)
+    assert checkpoint.keys() == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
     buffer = io.BytesIO()  # serialised in memory: an error in it touches no file
     torch.save(checkpoint, buffer)
     path = Path(path)
@@ -56,24 +58,29 @@ def load_checkpoint(path: str | Path) -> dict:
         if path.is_dir():
             raise UserError(f"{path}: is a folder; give a checkpoint in it, such as best.pt")
         raise UserError(f"{path}: no such checkpoint; train_cnn.py and train_vit.py write them")
+    contents = io.BytesIO(path.read_bytes())
     try:
-        contents = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(contents) as archive:  # torch.load checks no checksums
             damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"{path}: damaged (checksum of {damaged}); use another copy")
         contents.seek(0)
-        checkpoint = torch.load(contents, map_location="cpu", weights_only=True)
+        checkpoint = (
+            None if damaged else torch.load(contents, map_location="cpu", weights_only=True)
+        )
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: not loaded: it holds Python objects, which could run code"
         ) from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # zipfile, zlib, pickle and torch raise many kinds
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: incomplete, or not a checkpoint ({line})") from None
-    missing = set(KEYS) - set(checkpoint) if isinstance(checkpoint, dict) else set(KEYS)
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of this project (lacks {min(missing)!r})")
+    if damaged:
+        raise UserError(f"{path}: damaged (checksum of {damaged}); use another copy")
+    there = checkpoint if isinstance(checkpoint, dict) else {}
+    for key, kind in KEYS.items():
+        if not isinstance(there.get(key, ()), kind):  # () is of none of these types
+            raise UserError(f"{path}: not a checkpoint of this project (lacks a good {key!r})")
+    if not checkpoint["history"]:
+        raise UserError(f"{path}: its training has no epoch yet")
     return checkpoint
 
 

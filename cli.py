@@ -36,7 +36,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def command(main):
-    """Decorate `main(argv=None)`: bad input ends in one line and exit 2, signals in 130 and 143."""
+    """Decorate `main(argv=None)`: bad input ends in one line and exit 2, Ctrl-C in 130."""
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
@@ -49,10 +49,9 @@ def command(main):
             name = f"{error.filename}: " if error.filename else ""
             print(f"error: {name}{error.strerror or error}", file=sys.stderr)
             sys.exit(2)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             print(
-                "error: the GPU's memory is full: train with a smaller --batch-size, or use "
-                "--device cpu",
+                "error: out of memory: use --device cpu or, in training, a smaller --batch-size",
                 file=sys.stderr,
             )
             sys.exit(2)
@@ -64,13 +63,14 @@ def command(main):
 
 
 def run(main) -> None:
-    """Run a script's `main`; SIGTERM ends it like an exit, so that files and bars are closed."""
+    """Run a script's `main`; SIGTERM ends it like an exit (143), so that files are closed."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be in any encoding
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()
 
 
 def make_out_dir(path: Path) -> None:
-    """Make the folder `path` and try that it can be written: better now than after an hour.
+    """Make the folder `path` and check that it is writable: better now than after an hour.
 
     Raises:
         UserError: it is a file, or cannot be made or written.

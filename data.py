@@ -5,10 +5,10 @@
 Images stay uint8 `(M, 3, H, W)` until a batch is drawn of them (see `batches.py`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
-import struct
 import warnings
 from pathlib import Path
 
@@ -56,9 +56,12 @@ class Split:
         """The split on a GPU whole if a quarter of its free memory holds it; else unchanged."""
         size = len(self) * self.images[0].numel()
         if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
-            images, labels = self.rows(slice(None))
-            indices = torch.arange(len(self), device=device)
-            return Split(images.to(device), labels.to(device), indices)
+            shape = len(self), *self.images.shape[1:]
+            images = torch.empty(shape, dtype=torch.uint8, device=device)
+            for part in torch.arange(len(self)).split(4096):  # never whole in the CPU's memory
+                images[part[0] : part[-1] + 1] = self.rows(part)[0].to(device)
+            labels = self.labels[self.indices].to(device)
+            return Split(images, labels, torch.arange(len(self), device=device))
         return self
 
 
@@ -77,6 +80,7 @@ class Data:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     note: str = ""  # what the reader should know, e.g. how many files were skipped
+    files: str = ""  # a digest of a folder's files, by path and size
 
 
 def load_data(
@@ -94,7 +98,7 @@ def load_data(
     Raises:
         UserError: the data are not there, cannot be read, or are too few to split.
     """
-    data_dir, note = Path(data_dir), ""
+    data_dir, note, digest = Path(data_dir), "", ""
     if name == "cifar10":
         images, labels, parts = _load_cifar10(data_dir)
         classes = CIFAR10_CLASSES
@@ -102,7 +106,7 @@ def load_data(
         images, labels, parts = _load_digits()
         classes = [str(digit) for digit in range(10)]
     elif name == "folder":
-        images, labels, parts, classes, note = _load_folder(data_dir, image_size)
+        images, labels, parts, classes, note, digest = _load_folder(data_dir, image_size)
     else:
         raise UserError(f"--dataset {name}: unknown; use cifar10, digits or folder")
 
@@ -114,7 +118,7 @@ def load_data(
             )
     splits = [Split(images, labels, parts[part]) for part in ("train", "val", "test")]
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else channel_statistics(splits[0])
-    return Data(name, *splits, list(classes), mean, std, note)
+    return Data(name, *splits, list(classes), mean, std, note, digest)
 
 
 def load_data_of(
@@ -122,7 +126,7 @@ def load_data_of(
 ) -> Data:
     """The data set that named checkpoints were trained on, unless `name` or `data_dir` differ.
 
-    There is a validation split for `split="val"`, and wherever it is the checkpoints' own.
+    The validation split is made if it is asked for, or if the data are the checkpoints' own.
 
     Raises:
         UserError: the checkpoints were trained on different data, or know other classes than it
@@ -137,8 +141,9 @@ def load_data_of(
             cure = "give --dataset and --data-dir" if key in unknown else "take one at a time"
             what = key.replace("name", "data set").replace("_", " ")
             raise UserError(f"the checkpoints differ in their {what} ({said}): {cure}")
-    elsewhere = data_dir is not None and str(data_dir) != str(first["data_dir"])
-    own = name in (None, first["name"]) and not (first["name"] == "folder" and elsewhere)
+    root = Path(data_dir or first["data_dir"]).resolve()
+    elsewhere = first["name"] == "folder" and root != Path(first["data_dir"]).resolve()
+    own = name in (None, first["name"]) and not elsewhere
     data = load_data(
         name or first["name"],
         data_dir or first["data_dir"],
@@ -146,13 +151,15 @@ def load_data_of(
         val_fraction=first["val_fraction"] if own or split == "val" else 0,
     )
     if data.test.images.shape[-1] != first["image_size"]:
-        raise UserError(f"the checkpoints take images of {first['image_size']}, {data.name} has 32")
-    has_test = data.name != "folder" or (Path(data_dir or first["data_dir"]) / "test").is_dir()
+        size = first["image_size"]
+        raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
+    # A test split taken from one folder, and a validation split, are others when files change.
+    drawn = data.name == "folder" and (split == "val" or not any(root.glob("test/*/")))
     for label, checkpoint in checkpoints.items():
-        if own and not has_test and sum(cards[label]["sizes"]) != len(data.test.labels):
+        if own and drawn and cards[label].get("files", data.files) != data.files:
             raise UserError(
-                f"files have come or gone since {label} was trained, and its test split, "
-                "taken from among them, is another now: train again, or make train/ and test/"
+                f"files have come, gone or changed since {label} was trained, and its {split} "
+                "split, drawn from them, is another now: train again, or make train/ and test/"
             )
         known, there = set(checkpoint["classes"]), set(data.classes)
         if known != there:
@@ -233,14 +240,17 @@ def _load_folder(root: Path, size: int):
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "there is no such folder"
         raise UserError(f"--data-dir {root}: {what}")
-    there = [part for part in ("train", "val", "test") if (root / part).is_dir()]
-    there = there if {"train", "test"} & set(there) else []
-    for part in ("train", "test") if there else ():
-        if part not in there:
-            raise UserError(
-                f"--data-dir {root}: there is no folder {part}/<class>/ beside {there[0]}/: add it,"
-                " or put the classes' folders directly there"
-            )
+    folders = [folder.name for folder in _folders(root)]
+    there = [part for part in ("train", "val", "test") if part in folders]
+    nested = any(_folders(root / part) for part in there)
+    if not {"train", "test"} & set(there) or (len(folders) > len(there) and not nested):
+        there = []  # one level; a class may be called train
+    elif not {"train", "test"} <= set(there):
+        missing = "test" if "train" in there else "train"
+        raise UserError(
+            f"--data-dir {root}: there is no folder {missing}/<class>/ beside {there[0]}/: add it, "
+            "or put the classes' folders directly there"
+        )
     files, parts, skipped = [], {}, 0
     for part in there or [""]:
         found, others = _scan(root / part)
@@ -269,13 +279,24 @@ def _load_folder(root: Path, size: int):
             labels, parts.pop(""), TEST_FRACTION, f"--data-dir {root}: a test split of"
         )
         parts = {"train": train, "test": test}
-        for row in set(range(len(classes))) - set(labels[test].tolist()):
+        missing = set(range(len(classes))) - set(labels[test].tolist())
+        if missing:
             raise UserError(
-                f"--data-dir {root}: class {classes[row]!r} has too few images for a test split "
-                f"of {TEST_FRACTION:.0%}: add some, or make folders train/ and test/"
+                f"--data-dir {root}: class {classes[min(missing)]!r} has too few images for a "
+                f"test split of {TEST_FRACTION:.0%}: add some, or make folders train/ and test/"
             )
         notes.append(f"{TEST_FRACTION:.0%} of the images are the test split")
-    return _cached_images(root, files, size), labels, parts, classes, "; ".join(notes)
+    lines = [f"{os.path.relpath(path, root)} {stamp.split()[0]}" for path, stamp in files]
+    images = _cached_images(root, files, size)
+    return images, labels, parts, classes, "; ".join(notes), _digest(lines)
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
 def _scan(folder: Path):
@@ -284,7 +305,7 @@ def _scan(folder: Path):
     The stamp changes when the file does.
     """
     found, skipped = [], 0
-    for directory in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
+    for directory in _folders(folder):
         if not directory.name.isprintable():
             raise UserError(f"{folder}: the folder {directory.name!r} cannot be printed; rename it")
         with os.scandir(directory) as entries:
@@ -300,8 +321,7 @@ def _scan(folder: Path):
 
 def _cached_images(root: Path, files: list[tuple[str, str]], size: int) -> torch.Tensor:
     """The decoded images, memory-mapped; the cache's name changes with the files."""
-    lines = (f"{os.path.relpath(path, root)} {stamp}\n" for path, stamp in files)
-    digest = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+    digest = _digest([f"{os.path.relpath(path, root)} {stamp}" for path, stamp in files])
     cache = root / f".cache-{size}-{digest}.npy"
     if not cache.exists():
         partial = cache.with_suffix(f".{os.getpid()}.tmp")
@@ -313,22 +333,31 @@ def _cached_images(root: Path, files: list[tuple[str, str]], size: int) -> torch
                 for path, _ in tqdm(files, "decoding", unit=" images", disable=None):
                     pixels = np.asarray(read_image(path, size))  # (size, size, 3)
                     file.write(pixels.transpose(2, 0, 1).tobytes())
-            for old in root.glob(f".cache-{size}-*.npy"):
-                old.unlink()
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(cache)
+            for old in root.glob(f".cache-{size}-*.npy"):
+                if old != cache:
+                    old.unlink(missing_ok=True)
+        except PermissionError as error:
+            raise UserError(
+                f"--data-dir {root}: cannot keep the decoded images there ({error.strerror}): make "
+                "it writable, or use a copy"
+            ) from None
         finally:
-            partial.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(cache, mmap_mode="c"))  # "c": our writes would stay private
-
-
-# What Pillow raises for files that are no images, or damaged, or whose EXIF part is.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, MemoryError, struct.error)
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    try:
+        images = np.load(cache, mmap_mode="c")  # "c": our writes would stay private
+    except (ValueError, EOFError):
+        raise UserError(f"{cache}: damaged; remove it, and it is made again") from None
+    return torch.from_numpy(images)
 
 
 def read_image(path: str | Path, size: int | None = None) -> Image.Image:
     """Read an image file as RGB, upright; with `size`: shorter side to `size`, centre crop.
 
-    Of an animation the first picture.
+    An animation gives its first frame.
 
     Raises:
         UserError: the file is missing, or no image that Pillow can read.
@@ -348,7 +377,7 @@ def read_image(path: str | Path, size: int | None = None) -> Image.Image:
         raise UserError(f"{path}: not an image; replace or remove it") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path}: more than 178 megapixels; make it smaller") from None
-    except UNREADABLE as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path}: cannot be read ({error}); replace or remove it") from None
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

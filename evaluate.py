@@ -102,7 +102,7 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
         axes.set_xticks(range(C), classes, **tilted(classes))
         axes.set_yticks(range(C), classes)
         axes.set(xlabel="predicted", ylabel="true")
-        axes.set_title(f"{name}: {scores['accuracy']:.2%} of {scores['images']:,} images right")
+        axes.set_title(f"{name}: {scores['accuracy']:.2%} of {scores['images']:,} images correct")
         axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
         axes.set_yticks(np.arange(C - 1) + 0.5, minor=True)
         axes.grid(which="minor", color="0.9", linewidth=0.8)
@@ -232,7 +232,7 @@ def main(argv=None):
             "parameters": count_parameters(model),
             "split": args.split,
             "epochs": len(history),
-            "best_epoch": checkpoint["epoch"],
+            "epoch": checkpoint["epoch"],
             "timing": {"training_seconds": history[-1]["seconds"], "evaluation_seconds": seconds},
         }
         report = classification_report(
@@ -277,7 +277,7 @@ def main(argv=None):
             log.add_figure(f"evaluation/{name}", figure)
         for name, m in metrics.items():
             for key in ("accuracy", "macro_f1", "weighted_f1"):
-                log.add_scalar(f"{args.split} {key}/{name}", m[key], m["best_epoch"])
+                log.add_scalar(f"{args.split} {key}/{name}", m[key], m["epoch"])
         log.add_text("classification report", "\n\n".join(f"```\n{r}\n```" for r in reports))
     print(f"written to {args.out_dir}: {', '.join([*written, *(f'{f}.png' for f in figures)])}")
 

@@ -9,8 +9,8 @@ Prints each prediction; writes figures into --out-dir:
     <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay
     <vit>_attention-layers-<...>.png    the class token's attention in each layer, mean of heads
     <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
-    <file>_<checkpoint>_<method>.png   with --images: the overlay on the photograph itself,
-                                       its middle square, which is what the networks see
+    <file>_<checkpoint>_<method>.png    with --images: the overlay on the photograph itself,
+                                        its middle square, which is what the networks see
 """
 
 # B batch   C classes   K channels or token width   h, w grid of a map   N tokens   L layers
@@ -138,7 +138,7 @@ def probabilities(model, images: torch.Tensor, checkpoint: dict, classes, device
 
 
 def choose_images(models, data, show: str, count: int, device) -> torch.Tensor:
-    """Positions in the test split: `count` in a fixed random order, such as `show` says.
+    """Positions in the test split: up to `count`, in a fixed random order, of the kind `show`.
 
     "correct": all the models are right; "wrong": one of them at least is wrong.
     """
@@ -158,24 +158,30 @@ def choose_images(models, data, show: str, count: int, device) -> torch.Tensor:
     return chosen[:count]
 
 
+def square(photo: Image.Image, side: int) -> np.ndarray:
+    """The middle of a photograph, scaled to uint8 (side, side, 3), never up."""
+    side = min(*photo.size, side)
+    return np.asarray(ImageOps.fit(photo, (side, side), Image.Resampling.BICUBIC))
+
+
 def read_photographs(paths: list[Path], size: int):
-    """The files that can be read, as (paths, squares for the eye, images uint8 (B, 3, s, s)).
+    """The files that can be read, as (paths, pictures for the figure, images uint8 (B, 3, s, s)).
 
     Those that cannot are named on stderr.
     """
-    read, squares, small = [], [], []
+    read, pictures, small = [], [], []
     for path in dict.fromkeys(paths):
         try:
             photo = read_image(path)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
-        side = min(*photo.size, LARGEST_SIDE)
-        squares.append(np.asarray(ImageOps.fit(photo, (side, side), Image.Resampling.BICUBIC)))
+        if len(pictures) < LARGEST_FIGURE:
+            pictures.append(square(photo, 512))
         small.append(np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC)))
         read.append(path)
     images = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) if small else None
-    return read, squares, images
+    return read, pictures, images
 
 
 def make_columns(name, model, checkpoint, images, labels, p, classes, methods, targets, device):
@@ -185,8 +191,8 @@ def make_columns(name, model, checkpoint, images, labels, p, classes, methods, t
     """
     x = prepare_images(images, checkpoint, device)
     place = torch.tensor([checkpoint["classes"].index(c) for c in classes])  # classes by name
-    goals = {"predicted": p.argmax(1), "true": labels}
-    goals |= {c: torch.full_like(labels, i) for i, c in enumerate(classes)}
+    goals = {c: torch.full_like(labels, i) for i, c in enumerate(classes)}
+    goals |= {"predicted": p.argmax(1), "true": labels}  # even where a class is called so
     columns = []
     for method in methods:
         for target in targets if method == "grad-cam" else (None,):
@@ -260,11 +266,18 @@ def main(argv=None):
     if not any(methods.values()):
         parser.error(f"--method {' '.join(args.method)}: a CNN has no attention; use grad-cam")
 
+    classes, targets = next(iter(checkpoints.values()))["classes"], args.target or ["predicted"]
+    for target in targets:
+        if target == "true" and args.images:
+            parser.error("--target true: --images have no labels; use predicted or a class's name")
+        if target not in ("predicted", "true", *classes):
+            parser.error(f"--target {target}: the classes are {', '.join(classes)}")
+
     # 1. The images: the user's own, or of the test split.
     failed = False
     if args.images:
         first, *others = checkpoints.values()
-        classes, show = first["classes"], "images"
+        show = "images"
         for other in others:
             if set(other["classes"]) != set(classes):
                 parser.error("the checkpoints know different classes: explain them one at a time")
@@ -288,12 +301,6 @@ def main(argv=None):
         wheres = [
             f"test image {i} ({classes[label]})" for i, label in zip(positions, labels, strict=True)
         ]
-    targets = args.target or ["predicted"]
-    for target in targets:
-        if target == "true" and args.images:
-            parser.error("--target true: --images have no labels; use predicted or a class's name")
-        if target not in ("predicted", "true", *classes):
-            parser.error(f"--target {target}: the classes are {', '.join(classes)}")
 
     # 2. The maps: for each checkpoint, method and target a column of the figure.
     columns, predictions = [], []
@@ -318,8 +325,7 @@ def main(argv=None):
     shown = slice(0, LARGEST_FIGURE)
     if len(images) > LARGEST_FIGURE:
         print(f"the figures show the first {LARGEST_FIGURE} of {len(images)} images")
-    panels = [Image.fromarray(picture) for picture in pictures[shown]]
-    panels = [np.asarray(p.resize((512, 512)) if p.width > 512 else p) for p in panels]
+    panels = pictures[shown]
     figure = plot_explanations(panels, names[shown], columns)
     figure.savefig(target_of(f"{stem}_explanations-{show}.png"), dpi=110)
     for name, (model, checkpoint) in models.items():
@@ -334,11 +340,12 @@ def main(argv=None):
     if args.images:
         stems = [file.stem for file in files]
         twice = len(set(stems)) < len(stems)  # a/cat.jpg b/cat.jpg
-        for column in columns:
-            for i, (picture, heat) in enumerate(zip(pictures, column["maps"], strict=True)):
-                file = f"{i + 1}-{stems[i]}" if twice else stems[i]
-                overlaid = Image.fromarray(overlay(picture, heat))
-                overlaid.save(target_of(f"{file}_{column['key']}.png"))
+        for i, file in enumerate(files):  # read again: so many might not fit into memory
+            picture = square(read_image(file), LARGEST_SIDE)
+            name = f"{i + 1}-{stems[i]}" if twice else stems[i]
+            for column in columns:
+                overlaid = Image.fromarray(overlay(picture, column["maps"][i]))
+                overlaid.save(target_of(f"{name}_{column['key']}.png"))
     if args.save_maps:
         np.savez(
             target_of(f"{stem}_maps-{show}.npz"),

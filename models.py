@@ -167,8 +167,8 @@ def sine_positions(grid: int, dim: int) -> torch.Tensor:
     """Where each token is, as sines and cosines of its row and column: (1, 1 + grid², dim).
 
     A quarter of the width each for sin(y f), cos(y f), sin(x f), cos(x f), with frequencies f
-    from 1 down to 1 / 10,000 (Vaswani et al. 2017, sec. 3.5; in two dimensions Beyer et al. 2022,
-    arXiv 2205.01580). The class token, which is nowhere, has zeros.
+    from 1 down to nearly 1 / 10,000 (Vaswani et al. 2017, sec. 3.5; in two dimensions Beyer et al.
+    2022, arXiv 2205.01580). The class token, which is nowhere, has zeros.
     """
     f = 10_000 ** (-torch.arange(dim // 4) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")

@@ -79,8 +79,8 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
     """Read the command line; returns (settings, the checkpoint to resume from or None).
 
     What is typed goes before `digits`, the values for that data set, these before `best`, what
-    that recipe changes, and these before the parser's own. With --resume all settings come from
-    the checkpoint.
+    that recipe changes, and these before the parser's own. With --resume they
+    come from the checkpoint, all but where to run and where things lie.
 
     Raises:
         UserError: an occupied out-dir, nothing to resume, a flag that conflicts with the run.
@@ -110,7 +110,7 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
                 f"train_{resumed['model_name']}.py, or give this run another --out-dir"
             )
         saved = resumed["settings"]
-        free = {"device", "amp", "data_dir", "teacher", "out_dir", "resume", "overwrite"}
+        free = {"device", "amp", "data_dir", "out_dir", "resume", "overwrite"}
         for key in sorted(set(typed) - free):
             own = saved.get(key, defaults[key])  # an older run may not know the flag
             if plain(typed[key]) != own:
@@ -122,6 +122,8 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
         if resumed["epoch"] >= saved["epochs"]:
             print(f"{out_dir} is finished: {resumed['epoch']} of {saved['epochs']} epochs are done")
             sys.exit(0)
+        if not (out_dir / "best.pt").is_file():
+            raise UserError(f"--resume: {out_dir / 'best.pt'} is missing: put it back")
         settings = settings | saved | {k: typed[k] for k in free & set(typed)}
         settings["out_dir"] = out_dir
     else:
@@ -131,12 +133,6 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
                 "(--overwrite), or choose another --out-dir"
             )
     return argparse.Namespace(**settings), resumed
-
-
-def earlier_run(out_dir: Path) -> list[Path]:
-    """The files that a run has left in `out_dir`: its own only, whatever else lies there."""
-    patterns = ("best.pt", "last.pt", "train/events.out.tfevents.*", "val/events.out.tfevents.*")
-    return [path for pattern in patterns for path in out_dir.glob(pattern)]
 
 
 def prepare(settings, model_name: str, model_settings: list[str], resumed: dict | None):
@@ -175,11 +171,14 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
         for key in model_settings:
             message = re.sub(rf"\b{key}\b", "--" + key.replace("_", "-"), message)
         raise UserError(message) from None
+    except (RuntimeError, TypeError, OverflowError):  # what PyTorch raises for numbers too large
+        sizes = as_flags({key: getattr(settings, key) for key in model_settings})
+        raise UserError(f"a network with {sizes} is too large: use smaller numbers") from None
     model = model.to(device, memory_format=torch.channels_last)
     card = describe_run(data, settings, model_name, model_config)
     train_batches, val_batches = make_batches(data, settings, device)
     if getattr(settings, "teacher", None):
-        if Path(settings.teacher).resolve() in [p.resolve() for p in earlier_run(out_dir)]:
+        if Path(settings.teacher).resolve().parent == out_dir.resolve():
             raise UserError(
                 f"--teacher {settings.teacher} lies in the out-dir, which is written to"
             )
@@ -187,8 +186,9 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
     if resumed:
         same_data(card, resumed)
     else:
-        for path in earlier_run(out_dir):  # all is well: now an earlier run may go
-            path.unlink()
+        for part in ("train", "val"):  # an earlier run's curves; its checkpoints go with the first
+            for path in (out_dir / part).glob("events.out.tfevents.*"):  # new ones
+                path.unlink()
     choices = {key: getattr(settings, key) for key in [*model_settings, "flip"]}
     print(
         f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
@@ -224,7 +224,9 @@ def alike(one: dict, other: dict, tolerance: float) -> bool:
 def same_data(card: dict, resumed: dict) -> None:
     """Raise UserError if the images are not those that the run to resume was trained on."""
     sizes = [c["dataset"]["sizes"] for c in (card, resumed)]
-    if not alike(card, resumed, 1e-4) or sizes[0] != sizes[1]:
+    files = [c["dataset"].get("files") for c in (card, resumed)]  # an older run knows none
+    changed = sizes[0] != sizes[1] or (files[1] is not None and files[0] != files[1])
+    if changed or not alike(card, resumed, 1e-4):
         raise UserError(
             "--resume: the images in --data-dir are not those of the run: it had "
             f"{sum(resumed['dataset']['sizes'])} of {len(resumed['classes'])} classes; there are "
@@ -281,6 +283,7 @@ def describe_run(data: Data, settings, model_name: str, model_config: dict) -> d
                 "image_size": settings.image_size,
                 "val_fraction": settings.val_fraction,
                 "sizes": [len(data.train), len(data.val), len(data.test)],
+                "files": data.files,
             },
             "versions": versions,
         }

@@ -27,7 +27,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         optimizer: over the model's parameters; the learning rate of its groups is set here.
         train_batches: any iterable with a length that gives an epoch of `(images, labels)`; labels
             are class numbers (B,), or each image's shares of the classes (B, C).
-        val_batches: the same for validation, or None.
+        val_batches: the same for validation, with class numbers, or None.
         settings: what the command line said (see `recipe.py`).
         card: what a checkpoint says of the run beside its tensors (see `recipe.py`).
         resumed: the checkpoint to go on from, or None.
@@ -125,7 +125,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         if not (good and np.isfinite([train_loss, val_loss or 0]).all()):
             kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""
             raise UserError(
-                f"the loss or the weights became infinite in epoch {epoch} (step {step}) with "
+                f"the loss or the weights are no longer finite in epoch {epoch} (step {step}) with "
                 f"--lr {settings.lr:g}: start again with a smaller one "
                 f"(for a ViT also --muon-lr){kept}"
             )

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 
 import train_cnn  # noqa: E402
 import train_vit  # noqa: E402
+from checkpoint import KEYS  # noqa: E402
 from models import build_model  # noqa: E402
 from recipe import make_batches  # noqa: E402
 from training import train  # noqa: E402
@@ -39,7 +40,7 @@ def train_for(model, optimizer, train_batches, val_batches, settings: dict, **ch
         settings = argparse.Namespace(**common | settings | changes, out_dir=folder)
         state = train(
             model, optimizer, train_batches, val_batches,
-            settings=settings, card=dict.fromkeys(CARD),
+            settings=settings, card={key: KEYS[key]() for key in CARD},
         )  # fmt: skip
     return state["history"]
 

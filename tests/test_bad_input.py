@@ -12,7 +12,7 @@ import explain
 import train_cnn
 from checkpoint import load_model
 from cli import UserError
-from data import read_image
+from data import load_data, read_image
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
 
@@ -47,6 +47,10 @@ def truncated(root):
 FOLDERS = {
     "nothing in it": (lambda root: root.mkdir(), "no images in"),
     "a file": (lambda root: root.write_text("photos"), "is a file, not a folder"),
+    "train/ and test/ without classes": (
+        lambda root: folder_of(root, "train", "test"),
+        "no images in",
+    ),
     "train/ only": (lambda root: folder_of(root, "train/a", "train/b"), "no folder test/<class>/"),
     "test/ only": (lambda root: folder_of(root, "test/a", "test/b"), "no folder train/<class>/"),
     "one class": (lambda root: folder_of(root, "cat"), "one class, 'cat'; two are needed"),
@@ -69,6 +73,10 @@ FOLDERS = {
     "the same in val/": (
         lambda root: folder_of(root, "train/a", "train/b", "test/a", "val/c"),
         "class 'c' is in val/ but not in train/",
+    ),
+    "a file that Pillow cannot name": (
+        with_file("dog/x.png", b"DDS " + (124).to_bytes(4, "little") + bytes(120)),
+        "dog/x.png: cannot be read",
     ),
     "an image of no bytes": (with_file("dog/x.jpg", b""), "dog/x.jpg: not an image"),
     "a text called image": (with_file("dog/x.jpg", b"a dog"), "dog/x.jpg: not an image"),
@@ -95,6 +103,21 @@ def test_folders(kind, tmp_path, fails):
     assert not list(tmp_path.rglob(".cache*"))
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    folder_of(tmp_path, "bus", "train", count=10)
+    assert load_data("folder", tmp_path).classes == ["bus", "train"]
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    folder_of(tmp_path, "cat", "dog", count=10)
+    load_data("folder", tmp_path)
+    (cache,) = tmp_path.glob(".cache*")
+    for content in (b"", cache.read_bytes()[:-1]):
+        cache.write_bytes(content)
+        with pytest.raises(UserError, match=f"{cache}: damaged; remove it"):
+            load_data("folder", tmp_path)
+
+
 def test_images_that_are_odd_but_good(tmp_path):
     """One pixel; a picture in motion, of which the first is taken; 100 megapixels."""
     Image.new("RGB", (1, 1), "red").save(tmp_path / "1.png")
@@ -111,8 +134,6 @@ def test_nothing_is_wrong(trained, tmp_path, fails, monkeypatch):
 
     def right(model, images, checkpoint, classes, device):
         return torch.eye(10)[truth.pop(0)]
-
-    from data import load_data
 
     order = torch.randperm(360, generator=torch.Generator().manual_seed(0))
     labels = load_data("digits", ".").test.rows(order)[1]

@@ -1,5 +1,6 @@
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ def damaged(kind, good, folder):
         content = b"accuracy: 83.1%\n"
     elif kind == "bit flipped":
         content[len(content) // 2] ^= 4
+    elif kind == "compressed":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a", bytes(range(256)) * 100)
+        content = bytearray(path.read_bytes())
+        content[60:80] = bytes(20)
     elif kind == "pickle":
         content = pickle.dumps(RunsCode())
     elif kind == "torch pickle":
@@ -54,6 +60,10 @@ def damaged(kind, good, folder):
             state["model_name"] = "rnn"
         elif kind == "unknown argument":
             state["model_config"]["colour"] = "red"
+        elif kind == "no history":
+            state["history"] = []
+        elif kind == "no data set":
+            state["dataset"] = None
         checkpoint.save_checkpoint(path, state)
         return path
     path.write_bytes(content)
@@ -71,12 +81,15 @@ def damaged(kind, good, folder):
         ("bit flipped", "damaged"),
         ("pickle", "not a checkpoint"),
         ("torch pickle", "which could run code"),
-        ("other project's", "lacks 'best'"),
+        ("other project's", "lacks a good 'model_name'"),
         ("tensor", "not a checkpoint of this project"),
         ("other shapes", "do not fit"),
         ("lacks a tensor", "head.bias"),
         ("unknown model", "unknown model 'rnn'"),
         ("unknown argument", "colour"),
+        ("no history", "no epoch"),
+        ("no data set", "lacks a good 'dataset'"),
+        ("compressed", "not a checkpoint"),
     ],
 )
 @pytest.mark.parametrize("script", [evaluate, explain])

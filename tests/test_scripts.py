@@ -31,7 +31,7 @@ def test_training(folder, script, flags):
     model = script[6:9]
     head = out.splitlines()[0]
     assert head.startswith(f"digits: 1,293 training, 144 validation, 360 test images; {model} of")
-    assert "flip False" in head and "float32" in head
+    assert "--no-flip" in head and "float32" in head
     assert f"python evaluate.py runs/digits-{model}/best.pt" in out
     assert (folder / "runs" / f"digits-{model}" / "last.pt").exists()
 
