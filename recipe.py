@@ -39,7 +39,10 @@ def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
         help="fast: good accuracy in little time; best: the highest accuracy")  # fmt: skip
     add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
     add("--batch-size", type=number(int, 1), metavar="N", help="images per training step")
-    add("--lr", type=number(float, 0, above=True), metavar="X", help="highest learning rate")
+    add("--lr", type=number(float, 0, above=True), metavar="X",
+        help="highest learning rate: AdamW's")  # fmt: skip
+    add("--muon-lr", type=number(float, 0, above=True), metavar="X",
+        help="Muon's, for the hidden matrices and filters; it rises and falls with --lr")  # fmt: skip
     add("--warmup", type=number(float, 0, 0.9), metavar="X",
         help="share of the steps, 0 to 0.9, in which the rate rises; then it falls")  # fmt: skip
     add("--weight-decay", type=number(float, 0), metavar="X", help="not of biases and norms")

@@ -13,21 +13,21 @@ import torch.nn.functional as F
 
 from cli import command, number, run
 from recipe import finish, parse_settings, prepare, recipe_parser
-from training import parameter_groups, train
+from training import muon_and_adamw, train
 
 RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --dataset digits
     "epochs": 16,
     "batch_size": 128,
-    "lr": 0.15,
-    "norm_bias_lr": 16.0,
+    "lr": 5e-3,
+    "muon_lr": 0.02,
     "warmup": 0.2,
-    "weight_decay": 5e-4,
+    "weight_decay": 0.1,
     "label_smoothing": 0.1,
     "clip": 0.0,
     "ema_decay": 0.995,
     "flip": True,
     "shift": 2,
-    "erase": 0,
+    "erase": 8,
     "auto_augment": False,
     "mix": 0.0,
     "stem": 16,
@@ -35,7 +35,7 @@ RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --d
     "depths": [1, 2],
 }
 BEST = {"epochs": 100, "auto_augment": True}
-DIGITS = {"epochs": 10, "batch_size": 32, "lr": 0.05, "flip": False, "ema_decay": 0.98}
+DIGITS = {"epochs": 10, "batch_size": 32, "flip": False, "erase": 0, "ema_decay": 0.98}
 MODEL_SETTINGS = "stem widths depths".split()  # passed on to the model
 
 
@@ -54,18 +54,15 @@ def whiten(model, images: torch.Tensor) -> None:
     filters.requires_grad_(False)
 
 
-def make_optimizer(model, settings) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with Nesterov's momentum."""
-    groups = parameter_groups(model, settings.weight_decay, settings.norm_bias_lr)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
+def make_optimizer(model, settings):
+    """Muon for the stages' filters, AdamW for all the rest."""
+    return muon_and_adamw(model, model.stages, settings)
 
 
 @command
 def main(argv=None):
     parser = recipe_parser(__doc__, BEST, DIGITS)
     group = parser.add_argument_group("CNN")
-    group.add_argument("--norm-bias-lr", type=number(float, 0), metavar="X",
-                       help="learning rate of the norms' biases, a multiple of --lr")  # fmt: skip
     group.add_argument("--stem", type=number(int, 1, 54), metavar="N",
                        help="channels of the first convolution")  # fmt: skip
     group.add_argument("--widths", type=number(int, 1), nargs="+", metavar="N",

@@ -10,11 +10,9 @@ writes checkpoints and TensorBoard curves to --out-dir: see them by tensorboard 
 
 from pathlib import Path
 
-import torch
-
 from cli import command, number, run
 from recipe import finish, parse_settings, prepare, recipe_parser
-from training import Optimizers, parameter_groups, train
+from training import muon_and_adamw, train
 
 RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --dataset digits
     "epochs": 12,
@@ -43,29 +41,15 @@ DIGITS = {"epochs": 30, "batch_size": 64, "flip": False, "patch_size": 8, "ema_d
 MODEL_SETTINGS = "patch_size dim depth heads mlp_ratio drop_path".split()  # passed on to the model
 
 
-def make_optimizer(model, settings) -> Optimizers:
-    """Muon for the blocks' matrices, AdamW for all the rest.
-
-    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes steps whose singular values
-    are all about 1; AdamW decouples the decay from the steps (Loshchilov and Hutter 2019, arXiv
-    1711.05101).
-    """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    decayed, *others = parameter_groups(model, settings.weight_decay)
-    decayed["params"] = [p for p in decayed["params"] if p not in set(matrices)]
-    hidden = {"params": matrices, "lr_scale": settings.muon_lr / settings.lr}
-    return Optimizers(
-        torch.optim.Muon([hidden], lr=settings.muon_lr, weight_decay=settings.weight_decay),
-        torch.optim.AdamW([decayed, *others], lr=settings.lr, fused=True),
-    )
+def make_optimizer(model, settings):
+    """Muon for the blocks' matrices, AdamW for all the rest."""
+    return muon_and_adamw(model, model.blocks, settings)
 
 
 @command
 def main(argv=None):
     parser = recipe_parser(__doc__, BEST, DIGITS)
     group = parser.add_argument_group("ViT")
-    group.add_argument("--muon-lr", type=number(float, 0, above=True), metavar="X",
-                       help="Muon's learning rate (blocks' matrices); --lr is AdamW's")  # fmt: skip
     group.add_argument("--patch-size", type=number(int, 1), metavar="N",
                        help="side of a patch in pixels; must divide the image's side")  # fmt: skip
     group.add_argument("--dim", type=number(int, 1), metavar="N", help="embedding dimension")

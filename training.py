@@ -126,8 +126,8 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""
             raise UserError(
                 f"the loss or the weights are no longer finite in epoch {epoch} (step {step}) with "
-                f"--lr {settings.lr:g}: start again with a smaller one "
-                f"(for a ViT also --muon-lr){kept}"
+                f"--lr {settings.lr:g} --muon-lr {settings.muon_lr:g}: start again with smaller "
+                f"ones{kept}"
             )
 
         # 8. Log: a row here and in the history, points in TensorBoard.
@@ -240,25 +240,55 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, norm_bias_lr: float = 1) -> list[dict]:
-    """Groups for an optimizer: matrices and filters; the norms' biases; all the rest.
+def muon_and_adamw(model: nn.Module, hidden: nn.Module, settings) -> "Optimizers":
+    """Muon for the matrices and filters of `hidden`, a part of `model`; AdamW for all the rest.
 
-    Only the first decay: not norms, biases, class token, positions. The second learn
-    `norm_bias_lr` times as fast as all others (Jordan 2024, arXiv 2404.00498, sec. 3.4).
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes steps whose singular values
+    are all about 1; AdamW decouples the decay from the steps (Loshchilov and Hutter 2019, arXiv
+    1711.05101). Only weights decay: not norms, biases, class token, positions.
     """
-    decayed, norm_biases, rest = [], [], []
+    matrices = [p for p in hidden.parameters() if p.ndim >= 2 and p.requires_grad]
+    decayed, others = [], []
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and name not in ("class_token", "positions"):
-            decayed.append(parameter)
-        elif "norm" in name and name.endswith("bias"):
-            norm_biases.append(parameter)
-        else:
-            rest.append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": norm_biases, "weight_decay": 0, "lr_scale": norm_bias_lr},
-        {"params": rest, "weight_decay": 0},
-    ]
+        weight = parameter.ndim >= 2 and name not in ("class_token", "positions")
+        if all(parameter is not matrix for matrix in matrices):
+            (decayed if weight else others).append(parameter)
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0}]
+    muon = {"params": matrices, "lr_scale": settings.muon_lr / settings.lr}
+    return Optimizers(
+        FilterMuon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay),
+        torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay, fused=True),
+    )
+
+
+class FilterMuon(torch.optim.Optimizer):
+    """`torch.optim.Muon` that takes filters (O, I, k, k), too, as matrices (O, I·k·k).
+
+    Arguments: one group of parameters, and those of `torch.optim.Muon`.
+    """
+
+    def __init__(self, group: dict, **settings):
+        super().__init__([group], {"lr": settings["lr"]})
+        matrices = [nn.Parameter(filters.detach().flatten(1)) for filters in group["params"]]
+        self.muon = torch.optim.Muon(matrices, **settings)
+
+    @torch.no_grad()
+    def step(self):
+        (group,), (inner,) = self.param_groups, self.muon.param_groups
+        inner["lr"] = group["lr"]
+        pairs = list(zip(group["params"], inner["params"], strict=True))
+        for filters, matrix in pairs:
+            matrix.copy_(filters.flatten(1))
+            matrix.grad = filters.grad.flatten(1)
+        self.muon.step()
+        for filters, matrix in pairs:
+            filters.copy_(matrix.view_as(filters))
+
+    def state_dict(self) -> dict:
+        return self.muon.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state)
 
 
 class Optimizers:
