@@ -126,8 +126,8 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""
             raise UserError(
                 f"the loss or the weights are no longer finite in epoch {epoch} (step {step}) with "
-                f"--lr {settings.lr:g} --muon-lr {settings.muon_lr:g}: start again with smaller "
-                f"ones{kept}"
+                f"--lr {settings.lr:g}: start again with lower learning rates (--lr, --muon-lr)"
+                f"{kept}"
             )
 
         # 8. Log: a row here and in the history, points in TensorBoard.

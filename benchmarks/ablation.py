@@ -10,12 +10,22 @@ trains; the functions below say what each of the others changes.
 """
 
 import itertools
+import re
 import types
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DEVICE, RESULTS, SCRIPTS, append, new_model, recipe_settings, train_for
+from common import (
+    DEVICE,
+    RESULTS,
+    SCRIPTS,
+    adamw,
+    append,
+    new_model,
+    recipe_settings,
+    train_for,
+)
 from torch import nn
 
 import models
@@ -25,7 +35,6 @@ from checkpoint import load_model
 from cli import Parser, UserError, command
 from data import load_data
 from recipe import make_batches
-from training import parameter_groups
 
 # ---------------------------------------------------------------- networks: model, batches -> None
 
@@ -163,42 +172,64 @@ def mimetic(model, batches):
 # ---------------------------------------------------------------- what is compared
 
 
-def plain_cnn(*changes, **settings) -> dict:
-    """The CNN without what the recipe took from this table, and the changes."""
-    return {"model": changes or [relu], "settings": {"norm_bias_lr": 1.0} | settings}
+def sgd(model, settings):
+    """One optimizer for all of the CNN; the norms' biases learn `norm_bias_lr` times as fast."""
+    weights, biases, others = [], [], []
+    for name, p in model.named_parameters():
+        group = weights if p.ndim >= 2 else biases if re.search("norm.*bias", name) else others
+        group.append(p)
+    scale = getattr(settings, "norm_bias_lr", 1.0)
+    groups = [
+        {"params": weights, "weight_decay": 5e-4},
+        {"params": biases, "lr_scale": scale},
+        {"params": others},
+    ]
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
 
 
-def adamw(model, settings):
-    """One optimizer for all of the ViT."""
-    groups = parameter_groups(model, settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+def with_sgd(*changes, **settings) -> dict:
+    """The CNN trained by SGD, with changes of the network or batches, and settings."""
+    settings = {"lr": 0.15, "erase": 0} | settings
+    return {"model": changes or [relu], "settings": settings, "optimizer": sgd}
+
+
+def recipe_cnn(**settings) -> dict:
+    """The CNN as its script trains it, but for some settings."""
+    return {"model": [whitened_stem], "settings": settings}
 
 
 def plain_vit(*changes, **settings) -> dict:
-    """The same for the ViT."""
-    return {"model": changes, "settings": settings, "optimizer": adamw}
+    """The ViT with all of its parameters trained by AdamW, and the changes."""
+    return {
+        "model": changes,
+        "settings": settings,
+        "optimizer": lambda model, settings: adamw(model, settings.lr, settings.weight_decay),
+    }
 
 
 VARIANTS = {
     "cnn": {
-        "plain": plain_cnn(),
-        "gelu": plain_cnn(activation(F.gelu)),
-        "silu": plain_cnn(silu),
-        "whitened-start": plain_cnn(relu, whitened_start),
-        "whitened-stem": plain_cnn(relu, whitened_stem),
-        "norm-bias-lr-16": plain_cnn(norm_bias_lr=16.0),
-        "zero-last-norm": plain_cnn(relu, zero_last_norm),
-        "squeeze-excitation": plain_cnn(relu, squeeze_excitation),
-        "alternating-flip": plain_cnn(relu, alternating_flip),
-        "label-smoothing-.2": plain_cnn(label_smoothing=0.2),
-        "lr-.3": plain_cnn(lr=0.3),
-        "batch-64": plain_cnn(batch_size=64, lr=0.1),
-        "gelu, norm-bias-lr-16": plain_cnn(activation(F.gelu), norm_bias_lr=16.0),
-        "recipe": {"model": [whitened_stem]},
-        "recipe, no average": {"model": [whitened_stem], "settings": {"ema_decay": 0.0}},
-        "recipe, erase 8": {"model": [whitened_stem], "settings": {"erase": 8}},
-        "recipe, mix": {"model": [whitened_stem], "settings": {"mix": 0.5}},
-        "recipe, auto-augment": {"model": [whitened_stem], "settings": {"auto_augment": True}},
+        "plain": with_sgd(),
+        "gelu": with_sgd(activation(F.gelu)),
+        "silu": with_sgd(silu),
+        "whitened-start": with_sgd(relu, whitened_start),
+        "whitened-stem": with_sgd(relu, whitened_stem),
+        "norm-bias-lr-16": with_sgd(norm_bias_lr=16.0),
+        "zero-last-norm": with_sgd(relu, zero_last_norm),
+        "squeeze-excitation": with_sgd(relu, squeeze_excitation),
+        "alternating-flip": with_sgd(relu, alternating_flip),
+        "label-smoothing-.2": with_sgd(label_smoothing=0.2),
+        "lr-.3": with_sgd(lr=0.3),
+        "batch-64": with_sgd(batch_size=64, lr=0.1),
+        "gelu, norm-bias-lr-16": with_sgd(activation(F.gelu), norm_bias_lr=16.0),
+        "gelu, norm-bias-lr-16, whitened-stem": with_sgd(whitened_stem, norm_bias_lr=16.0),
+        "recipe": recipe_cnn(),
+        "recipe, muon-.03": recipe_cnn(muon_lr=0.03),
+        "recipe, muon-.05": recipe_cnn(muon_lr=0.05),
+        "recipe, no erasing": recipe_cnn(erase=0),
+        "recipe, no average": recipe_cnn(ema_decay=0.0),
+        "recipe, mix": recipe_cnn(mix=0.5),
+        "recipe, auto-augment": recipe_cnn(auto_augment=True),
     },
     "vit": {
         "plain": plain_vit(),

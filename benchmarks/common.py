@@ -70,6 +70,16 @@ def run_recipe(name: str, data, **changes) -> tuple[float, int]:
     return row["seconds"], row["step"] * settings.batch_size
 
 
+def adamw(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW for all of a network; only its weights decay."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        weight = parameter.ndim >= 2 and name not in ("class_token", "positions")
+        (decayed if weight else others).append(parameter)
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0}]
+    return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=True)
+
+
 def append(file: Path, result: dict) -> None:
     """Add a line to a file of results, with machine, versions and date."""
     result |= {

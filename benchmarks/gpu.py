@@ -31,8 +31,8 @@ from data import load_data
 
 SEEDS = (0, 1, 2)
 LARGE_BATCH = {
-    "cnn": ["--batch-size", "512", "--lr", "0.4"],
-    "vit": ["--batch-size", "512", "--lr", "2e-3"],
+    "cnn": ["--batch-size", "512", "--lr", "1e-2", "--muon-lr", "0.04"],
+    "vit": ["--batch-size", "512", "--lr", "2e-3", "--muon-lr", "0.03"],
 }
 
 

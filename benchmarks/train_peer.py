@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import DEVICE, train_for
+from common import DEVICE, adamw, train_for
 from peers import SeparableResNet
 from sklearn.metrics import accuracy_score
 from torch import nn
@@ -83,8 +83,7 @@ def main(argv=None):
     if args.peer == "separable":
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     else:
-        groups = training.parameter_groups(model, 0.05)
-        optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+        optimizer = adamw(model, 1e-3, 0.05)
     common = {"mean": data.mean, "std": data.std, "device": DEVICE}
     batches = Batches(data.train, size, train=True, mix=mixed, **RANDOM, **common)
     started, finished = time.perf_counter(), False

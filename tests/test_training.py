@@ -63,20 +63,49 @@ def test_amp_chosen():
         choose_amp("fp16", cpu)
 
 
-def test_decay_spares_norms_biases_and_positions():
-    model = ViT(dim=16, depth=1, heads=2, patch_size=8)
-    decayed, norm_biases, rest = training.parameter_groups(model, 0.1, 16)
-    names = {id(p): n for n, p in model.named_parameters()}
-    assert {names[id(p)] for p in decayed["params"]} == {
-        "patchify.weight", "head.weight", "blocks.0.attention.qkv.weight",
-        "blocks.0.attention.project.weight", "blocks.0.mlp.0.weight", "blocks.0.mlp.2.weight",
-    }  # fmt: skip
-    assert {names[id(p)] for p in norm_biases["params"]} == {
-        "blocks.0.norm1.bias", "blocks.0.norm2.bias", "norm.bias",
-    }  # fmt: skip
-    assert decayed["weight_decay"] == 0.1 and norm_biases["weight_decay"] == 0
-    assert norm_biases["lr_scale"] == 16 and rest["weight_decay"] == 0
-    assert sum(len(group["params"]) for group in (decayed, norm_biases, rest)) == len(names)
+def test_muon_has_the_hidden_matrices_and_decay_spares_norms_biases_and_positions():
+    settings = SimpleNamespace(lr=0.5, muon_lr=0.25, weight_decay=0.1)
+    for model, matrices, weights in (
+        (
+            ViT(dim=16, depth=1, heads=2, patch_size=8),
+            {"blocks.0.attention.qkv.weight", "blocks.0.attention.project.weight",
+             "blocks.0.mlp.0.weight", "blocks.0.mlp.2.weight"},
+            {"patchify.weight", "head.weight"},
+        ),
+        (
+            CNN(stem=4, widths=(8,), depths=(1,)),
+            {"stages.0.conv.weight", "stages.0.blocks.0.conv1.weight",
+             "stages.0.blocks.0.conv2.weight"},
+            {"stem.weight", "head.weight"},
+        ),
+    ):  # fmt: skip
+        hidden = model.blocks if isinstance(model, ViT) else model.stages
+        names = {id(p): n for n, p in model.named_parameters()}
+        muon, decayed, rest = training.muon_and_adamw(model, hidden, settings).param_groups
+        assert {names[id(p)] for p in muon["params"]} == matrices
+        assert {names[id(p)] for p in decayed["params"]} == weights
+        assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+        assert muon["lr_scale"] == 0.5
+        assert sum(len(group["params"]) for group in (muon, decayed, rest)) == len(names)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_filters_as_matrices(memory):
+    """Three steps as those of torch.optim.Muon on the matrix, with a rate that changes."""
+    start = torch.randn(6, 4, 3, 3)
+    filters = torch.nn.Parameter(start.to(memory_format=memory))
+    matrix = torch.nn.Parameter(start.flatten(1).clone())
+    ours = training.FilterMuon({"params": [filters]}, lr=0.1, weight_decay=0.1)
+    reference = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.1)
+    for lr in (0.1, 0.3, 0.2):
+        gradient = torch.randn(6, 4, 3, 3)
+        filters.grad = gradient.to(memory_format=memory)
+        matrix.grad = gradient.flatten(1).clone()
+        for optimizer in (ours, reference):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        torch.testing.assert_close(filters.flatten(1), matrix)
+    assert (filters - start).norm() > 0.1
 
 
 @pytest.mark.parametrize("stem", [6, 5])
@@ -346,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_epoch(tmp_path, fail
     real = training.lr_at
     monkeypatch.setattr(training, "lr_at", lambda step, *a: 1e30 if step > 6 else real(step, *a))
     line = fails(train_cnn.main, *FAST, *TINY_CNN, "--epochs", 3, "--out-dir", tmp_path)
-    assert "in epoch 2 (step 10) with --lr 0.05" in line and "keeps epoch 1" in line
+    assert "in epoch 2 (step 10) with --lr 0.005" in line and "keeps epoch 1" in line
     for name in ("best.pt", "last.pt"):
         state = load_checkpoint(tmp_path / name)
         assert state["epoch"] == 1
