@@ -42,7 +42,7 @@ def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
     add("--lr", type=number(float, 0, above=True), metavar="X",
         help="highest learning rate: AdamW's")  # fmt: skip
     add("--muon-lr", type=number(float, 0, above=True), metavar="X",
-        help="Muon's, for hidden matrices and filters; rises and falls with --lr")  # fmt: skip
+        help="Muon's, for hidden matrices and filters; same schedule as --lr")  # fmt: skip
     add("--warmup", type=number(float, 0, 0.9), metavar="X",
         help="share of the steps, 0 to 0.9, in which the rate rises; then it falls")  # fmt: skip
     add("--weight-decay", type=number(float, 0), metavar="X", help="not of biases and norms")

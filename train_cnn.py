@@ -34,13 +34,13 @@ RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --d
     "widths": [48, 112],
     "depths": [1, 2],
 }
-BEST = {"epochs": 100, "auto_augment": True}
+BEST = {"epochs": 100, "auto_augment": True, "erase": 0}
 DIGITS = {"epochs": 10, "batch_size": 32, "flip": False, "erase": 0, "ema_decay": 0.98}
 MODEL_SETTINGS = "stem widths depths".split()  # passed on to the model
 
 
 def whiten(model, images: torch.Tensor) -> None:
-    """Make the stem's filters the principal directions of the images' patches, and freeze them.
+    """Make the stem's filters the principal directions of a batch's patches, and freeze them.
 
     The strongest ones, each with both signs; the norm that follows gives all the same variance
     (the whitening layer of Jordan 2024, arXiv 2404.00498, sec. 3.2). images (B, 3, H, W).

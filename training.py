@@ -240,54 +240,70 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
+def parameter_groups(named_parameters) -> list[dict]:
+    """Weights, which decay; and what never does: norms, biases, class token, positions."""
+    weights, others = [], []
+    for name, parameter in named_parameters:
+        weight = parameter.ndim >= 2 and name not in ("class_token", "positions")
+        (weights if weight else others).append(parameter)
+    return [{"params": weights}, {"params": others, "weight_decay": 0}]
+
+
 def muon_and_adamw(model: nn.Module, hidden: nn.Module, settings) -> "Optimizers":
     """Muon for the matrices and filters of `hidden`, a part of `model`; AdamW for all the rest.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes steps whose singular values
     are all about 1; AdamW decouples the decay from the steps (Loshchilov and Hutter 2019, arXiv
-    1711.05101). Only weights decay: not norms, biases, class token, positions.
+    1711.05101).
     """
-    matrices = [p for p in hidden.parameters() if p.ndim >= 2 and p.requires_grad]
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        weight = parameter.ndim >= 2 and name not in ("class_token", "positions")
-        if all(parameter is not matrix for matrix in matrices):
-            (decayed if weight else others).append(parameter)
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0}]
-    muon = {"params": matrices, "lr_scale": settings.muon_lr / settings.lr}
+    matrices = {p for p in hidden.parameters() if p.ndim >= 2 and p.requires_grad}
+    rest = [(name, p) for name, p in model.named_parameters() if p not in matrices]
+    muon = {
+        "params": [p for p in hidden.parameters() if p in matrices],  # always in the same order
+        "lr_scale": settings.muon_lr / settings.lr,
+    }
     return Optimizers(
         FilterMuon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay),
-        torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay, fused=True),
+        torch.optim.AdamW(
+            parameter_groups(rest), settings.lr, weight_decay=settings.weight_decay, fused=True
+        ),
     )
 
 
 class FilterMuon(torch.optim.Optimizer):
-    """`torch.optim.Muon` that takes filters (O, I, k, k), too, as matrices (O, I·k·k).
+    """`torch.optim.Muon`, which knows matrices only, for filters (O, I, k, k) as well.
 
-    Arguments: one group of parameters, and those of `torch.optim.Muon`.
+    It steps copies of them as matrices (O, I·k·k): filters that lie in memory as channels-last
+    cannot be seen as such a matrix in place. Arguments: one group of parameters, and those of
+    `torch.optim.Muon`.
     """
 
-    def __init__(self, group: dict, **settings):
-        super().__init__([group], {"lr": settings["lr"]})
-        matrices = [nn.Parameter(filters.detach().flatten(1)) for filters in group["params"]]
-        self.muon = torch.optim.Muon(matrices, **settings)
+    def __init__(self, group: dict, **muon_settings):
+        super().__init__([group], {"lr": muon_settings["lr"]})
+        matrices = [nn.Parameter(weight.detach().flatten(1)) for weight in group["params"]]
+        self.muon = torch.optim.Muon(matrices, **muon_settings)
 
     @torch.no_grad()
     def step(self):
-        (group,), (inner,) = self.param_groups, self.muon.param_groups
-        inner["lr"] = group["lr"]
-        pairs = list(zip(group["params"], inner["params"], strict=True))
-        for filters, matrix in pairs:
-            matrix.copy_(filters.flatten(1))
-            matrix.grad = filters.grad.flatten(1)
+        (own,), (inner,) = self.param_groups, self.muon.param_groups
+        inner["lr"] = own["lr"]
+        pairs = list(zip(own["params"], inner["params"], strict=True))
+        for weight, matrix in pairs:
+            matrix.copy_(weight.flatten(1))
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         self.muon.step()
-        for filters, matrix in pairs:
-            filters.copy_(matrix.view_as(filters))
+        for weight, matrix in pairs:
+            weight.copy_(matrix.view_as(weight))
 
     def state_dict(self) -> dict:
         return self.muon.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
+        if any(
+            group.keys() != self.muon.defaults.keys() | {"params"}
+            for group in state["param_groups"]
+        ):
+            raise ValueError("not Muon's")
         self.muon.load_state_dict(state)
 
 

@@ -272,7 +272,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("network", choices=SCRIPTS)
     parser.add_argument("--variants", nargs="+", metavar="NAME",
-                        help="names of functions of this file (default: all)")  # fmt: skip
+                        help="names of VARIANTS in this file (default: all)")  # fmt: skip
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="of each run")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of each run")
     parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
@@ -297,9 +297,9 @@ def main(argv=None):
         rows.append((name, result))
         steps = {"epochs": args.epochs, "limit_batches": args.limit_batches, "seed": args.seed}
         append(args.results, {"network": args.network, "variant": name} | steps | result)
-    print(f"\n{'variant':26}{'val accuracy':>14}{'seconds':>10}")
+    print(f"\n{'variant':38}{'val accuracy':>14}{'seconds':>10}")
     for name, result in rows:
-        print(f"{name:26}{result['val_accuracy'][-1]:14.2%}{result['seconds']:10.1f}")
+        print(f"{name:38}{result['val_accuracy'][-1]:14.2%}{result['seconds']:10.1f}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import train_vit  # noqa: E402
 from checkpoint import KEYS  # noqa: E402
 from models import build_model  # noqa: E402
 from recipe import make_batches  # noqa: E402
-from training import train  # noqa: E402
+from training import parameter_groups, train  # noqa: E402
 
 SCRIPTS = {"cnn": train_cnn, "vit": train_vit}
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,12 +71,8 @@ def run_recipe(name: str, data, **changes) -> tuple[float, int]:
 
 
 def adamw(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW for all of a network; only its weights decay."""
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        weight = parameter.ndim >= 2 and name not in ("class_token", "positions")
-        (decayed if weight else others).append(parameter)
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0}]
+    """AdamW for all of a network."""
+    groups = parameter_groups(model.named_parameters())
     return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=True)
 
 

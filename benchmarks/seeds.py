@@ -50,6 +50,7 @@ def main(argv=None):
         last = load_checkpoint(run / "last.pt")
         if last["epoch"] < last["settings"]["epochs"]:
             raise UserError(f"{run} is not finished: go on with it, or remove it")
+        settings = {k: v for k, v in last["settings"].items() if k not in ("seed", "out_dir")}
         rows.append({"seed": seed} | measure(run / "best.pt", args.target))
 
     print(f"{'seed':>4}{'test':>9}{'validation':>12}{'seconds':>10}{f'to {args.target:.1%}':>12}")
@@ -63,7 +64,7 @@ def main(argv=None):
     spread = statistics.stdev(tests) if len(tests) > 1 else None
     print(f"test {statistics.mean(tests):.2%}" + (f" ± {spread:.2%}" if spread else ""))
     append(args.results, {
-        "network": args.network, "flags": flags, "target": args.target, "runs": rows,
+        "network": args.network, "settings": settings, "target": args.target, "runs": rows,
         "test_mean": round(statistics.mean(tests), 4), "test_std": spread and round(spread, 4),
     })  # fmt: skip
 

@@ -11,9 +11,9 @@ Times in one process, in turn, several rounds of the same number of steps:
 - `auto-augment`: the same with automatic augmentation and mixing;
 - `... compiled` (--compile): the same after torch.compile.
 
-Prints medians, and each one's median ratio to `bare`; --peak adds the share of the arithmetic
-that a product of two 8192 × 8192 matrices reaches on the device. Appends the result to
-benchmarks/results/throughput.jsonl.
+Prints medians, and each one's median ratio of times to `bare` and to `loop`; --peak adds the share
+of the arithmetic that a product of two 8192 × 8192 matrices reaches on the device. Appends the
+result to benchmarks/results/throughput.jsonl.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from common import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from batches import Batches
-from cli import Parser, command
+from cli import Parser, command, run
 from data import Split
 from training import choose_amp
 
@@ -136,6 +136,9 @@ def measure(name: str, steps: int, rounds: int, compiled: bool, peak: bool) -> d
     for (way, c), values in seconds.items():
         ratios = [own / base for own, base in zip(values, seconds["bare", False], strict=True)]
         row = {"images_per_second": round(size * steps / statistics.median(values), 1)}
+        if way in ("batches", "auto-augment"):  # what drawing and augmenting costs
+            loop = zip(values, seconds["loop", c], strict=True)
+            row["times_loop"] = round(statistics.median(own / base for own, base in loop), 3)
         row |= {
             "times_bare": round(statistics.median(ratios), 3),
             "ratios": [round(r, 3) for r in ratios],
@@ -147,10 +150,11 @@ def measure(name: str, steps: int, rounds: int, compiled: bool, peak: bool) -> d
 
 
 def show(result: dict) -> None:
-    print(f"{result['model']:22}{'images/s':>10}{'× bare':>9}{'of peak':>9}")
+    print(f"{result['model']:22}{'images/s':>10}{'× bare':>9}{'× loop':>9}{'of peak':>9}")
     for way, row in result["ways"].items():
         share = f"{row['share_of_peak']:9.1%}" if "share_of_peak" in row else f"{'-':>9}"
-        print(f"{way:22}{row['images_per_second']:10.0f}{row['times_bare']:9.3f}{share}")
+        loop = f"{row['times_loop']:9.3f}" if "times_loop" in row else f"{'-':>9}"
+        print(f"{way:22}{row['images_per_second']:10.0f}{row['times_bare']:9.3f}{loop}{share}")
 
 
 @command
@@ -170,4 +174,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

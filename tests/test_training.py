@@ -291,6 +291,29 @@ def test_gradients_are_unscaled_before_they_are_clipped(tmp_path, monkeypatch):
     assert (after - before).norm().item() == pytest.approx(0.05, rel=1e-3)
 
 
+def test_muon_gets_unscaled_gradients_and_skips_infinite_ones():
+    torch.manual_seed(0)
+    model = CNN(stem=4, widths=(8,), depths=(0,))
+    settings = SimpleNamespace(lr=0.1, muon_lr=0.1, weight_decay=0.1)
+    optimizer = training.muon_and_adamw(model, model.stages, settings)
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    parameters = list(model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    (gradient,) = torch.autograd.grad(loss, model.stages[0].conv.weight, retain_graph=True)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor, moves in ((float("inf"), False), (1.0, True)):
+        scaler.scale(loss * factor).backward(retain_graph=True)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = [not torch.equal(p, old) for p, old in zip(parameters, before, strict=True)]
+        assert all(moved) if moves else not any(moved)
+    (matrix,) = optimizer.parts[0].muon.param_groups[0]["params"]
+    torch.testing.assert_close(matrix.grad.view_as(gradient), gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -528,7 +551,7 @@ def test_resume_refuses_other_images(photos, tmp_path, fails):
     assert load_checkpoint(run / "last.pt")["epoch"] == 2
 
 
-@pytest.mark.parametrize("other", ["groups", "optimizers", "AdamW for SGD"])
+@pytest.mark.parametrize("other", ["groups", "optimizers", "AdamW for SGD", "Muon for SGD"])
 def test_resume_refuses_other_groups_and_other_optimizers(trained, tmp_path, fails, other):
     state = load_checkpoint(trained["vit"].with_name("last.pt"))
     state["settings"]["epochs"] += 1
@@ -538,6 +561,8 @@ def test_resume_refuses_other_groups_and_other_optimizers(trained, tmp_path, fai
         groups = state["optimizer"][1]["param_groups"]
         for group in groups:
             del group["betas"]
+    elif other == "Muon for SGD":
+        del state["optimizer"][0]["param_groups"][0]["ns_steps"]
     else:
         state["optimizer"] = state["optimizer"][1]
     save_checkpoint(tmp_path / "last.pt", state)
