@@ -93,7 +93,7 @@ def test_muon_has_the_hidden_matrices_and_decay_spares_norms_biases_and_position
 def test_muon_takes_filters_as_matrices(memory):
     """Three steps as those of torch.optim.Muon on the matrix, with a rate that changes."""
     start = torch.randn(6, 4, 3, 3)
-    filters = torch.nn.Parameter(start.to(memory_format=memory))
+    filters = torch.nn.Parameter(start.clone(memory_format=memory))
     matrix = torch.nn.Parameter(start.flatten(1).clone())
     ours = training.FilterMuon({"params": [filters]}, lr=0.1, weight_decay=0.1)
     reference = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.1)
@@ -589,10 +589,10 @@ def test_what_is_typed_goes_before_digits_and_digits_before_the_recipe(tmp_path,
     monkeypatch.chdir(tmp_path)  # where there are no runs
     parser = recipe.recipe_parser("", {}, {})
     parser.set_defaults(**train_cnn.RECIPE)
-    changes = ({"clip": 3.0, "lr": 0.1, "erase": 4}, train_cnn.DIGITS)
+    changes = ({"clip": 3.0, "lr": 0.1, "warmup": 0.5}, train_cnn.DIGITS)
     argv = ["--recipe", "best", "--dataset", "digits", "--lr", "0.3"]
     settings, _ = recipe.parse_settings(parser, argv, "cnn", *changes)
-    assert settings.clip == 3.0 and settings.erase == 4
+    assert settings.clip == 3.0 and settings.warmup == 0.5
     assert settings.out_dir == Path("runs/digits-cnn-best")
     assert settings.lr == 0.3 and settings.flip is False
     assert settings.batch_size == train_cnn.DIGITS["batch_size"]
