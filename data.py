@@ -222,7 +222,7 @@ def _load_digits():
 def channel_statistics(split: Split) -> tuple[tuple, tuple]:
     """Mean and standard deviation per channel over all pixels of a split, in [0, 1]."""
     total, squares, pixels = torch.zeros(3).double(), torch.zeros(3).double(), 0
-    for chunk in torch.arange(len(split)).split(2048):  # bounded memory
+    for chunk in torch.arange(len(split)).split(256):  # bounded memory
         images = split.rows(chunk)[0].float()
         total += images.sum((0, 2, 3))
         squares += images.square().sum((0, 2, 3))
