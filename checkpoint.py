@@ -7,6 +7,7 @@ on validation. To strip a checkpoint to its weights in half precision, small eno
 """
 
 import io
+import math
 import os
 import pickle
 import zipfile
@@ -79,9 +80,24 @@ def load_checkpoint(path: str | Path) -> dict:
     for key, kind in KEYS.items():
         if not isinstance(there.get(key, ()), kind):  # () is of none of these types
             raise UserError(f"{path}: not a checkpoint of this project (lacks a good {key!r})")
+    for key in ("mean", "std", "classes", "dataset", "settings"):
+        if not _good(checkpoint[key], key):
+            raise UserError(f"{path}: not a checkpoint of this project (lacks a good {key!r})")
     if not checkpoint["history"]:
         raise UserError(f"{path}: its training has no epoch yet")
     return checkpoint
+
+
+def _good(values, key: str) -> bool:
+    """Whether there is in them what others read: `epochs`, distinct names, 3 numbers to use."""
+    needed = {"dataset": {"name", "data_dir", "image_size", "val_fraction", "sizes"}}
+    needed["settings"] = {"epochs"}
+    if key in needed:
+        return needed[key] <= values.keys()
+    if key == "classes":
+        return all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
+    numbers = all(isinstance(v, float) and math.isfinite(v) for v in values)
+    return len(values) == 3 and numbers and (key == "mean" or min(values) > 0)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
@@ -92,11 +108,15 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     """
     checkpoint = load_checkpoint(path)
     try:
+        if checkpoint["model_config"].get("classes") != len(checkpoint["classes"]):
+            raise ValueError(f"it names {len(checkpoint['classes'])} classes")
         model = build_model(checkpoint["model_name"], checkpoint["model_config"])
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])  # half becomes float32
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         line = " ".join(str(error).split()).split("state_dict for ")[-1][:200]
         raise UserError(f"{path}: its weights do not fit its model ({line})") from None
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        raise UserError(f"{path}: some of its weights are no finite numbers; use another copy")
     return model.to(device).eval(), checkpoint
 
 

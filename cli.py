@@ -69,19 +69,19 @@ def run(main) -> None:
     main()
 
 
-def make_out_dir(path: Path) -> None:
-    """Make the folder `path` and check that it is writable: better now than after an hour.
+def make_out_dir(folder: Path) -> None:
+    """Make `folder` and check that it is writable: better now than after an hour.
 
     Raises:
         UserError: it is a file, or cannot be made or written.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f"--out-dir {path}: cannot be written ({error.strerror}): choose another folder"
+            f"--out-dir {folder}: cannot be written ({error.strerror}): choose another folder"
         ) from None
 
 
@@ -106,6 +106,13 @@ def number(kind, low, high=None, *, above: bool = False):
     return parse
 
 
+def path_type(text: str) -> Path:
+    """An argparse type; what a shell makes of an unset variable is no folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a file or folder")
+    return Path(text)
+
+
 def add_data_flags(parser: argparse.ArgumentParser, *, remembered: bool = False) -> None:
     """Add --dataset and --data-dir; `remembered`: a checkpoint supplies what is not typed."""
     group = parser.add_argument_group("data")
@@ -119,7 +126,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, remembered: bool = False)
     )
     group.add_argument(
         "--data-dir",
-        type=Path,
+        type=path_type,
         metavar="DIR",
         default=None if remembered else Path("data"),
         help="folder of the data set; CIFAR-10 is downloaded into it" + note,

@@ -84,7 +84,12 @@ class Data:
 
 
 def load_data(
-    name: str, data_dir: str | Path, *, image_size: int = 32, val_fraction: float = 0.1
+    name: str,
+    data_dir: str | Path,
+    *,
+    image_size: int = 32,
+    val_fraction: float = 0.1,
+    test_alone: bool = False,
 ) -> Data:
     """Load `cifar10`, `digits` or `folder` and split it.
 
@@ -94,6 +99,7 @@ def load_data(
         image_size: side in pixels of a `folder`'s images once decoded; the others have 32.
         val_fraction: share of the training images that validation gets, stratified; 0: none. A
             folder with a `val/` of its own needs none.
+        test_alone: a folder may have `test/` and no `train/`; mean and std are then NaN.
 
     Raises:
         UserError: the data are not there, cannot be read, or are too few to split.
@@ -106,15 +112,21 @@ def load_data(
         images, labels, parts = _load_digits()
         classes = [str(digit) for digit in range(10)]
     elif name == "folder":
-        images, labels, parts, classes, note, digest = _load_folder(data_dir, image_size)
+        images, labels, parts, classes, note, digest = _load_folder(
+            data_dir, image_size, test_alone
+        )
     else:
         raise UserError(f"--dataset {name}: unknown; use cifar10, digits or folder")
 
     if "val" not in parts:
         parts["val"] = parts["train"][:0]
-        if val_fraction:
+        if val_fraction and len(parts["train"]):
             parts["train"], parts["val"] = _split(
-                labels, parts["train"], val_fraction, "--val-fraction"
+                labels,
+                parts["train"],
+                val_fraction,
+                "--val-fraction",
+                "take another fraction, or 0",
             )
     splits = [Split(images, labels, parts[part]) for part in ("train", "val", "test")]
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else channel_statistics(splits[0])
@@ -142,6 +154,11 @@ def load_data_of(
             what = key.replace("name", "data set").replace("_", " ")
             raise UserError(f"the checkpoints differ in their {what} ({said}): {cure}")
     root = Path(data_dir or first["data_dir"]).resolve()
+    if data_dir is None and (name or first["name"]) == "folder" and not root.is_dir():
+        raise UserError(
+            f"{next(iter(cards))} was trained on the folder {first['data_dir']}, which is not "
+            "here: say where its images are (--data-dir), or take others (--dataset)"
+        )
     elsewhere = first["name"] == "folder" and root != Path(first["data_dir"]).resolve()
     own = name in (None, first["name"]) and not elsewhere
     data = load_data(
@@ -149,6 +166,7 @@ def load_data_of(
         data_dir or first["data_dir"],
         image_size=first["image_size"],
         val_fraction=first["val_fraction"] if own or split == "val" else 0,
+        test_alone=split == "test",
     )
     if data.test.images.shape[-1] != first["image_size"]:
         size = first["image_size"]
@@ -177,7 +195,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(map(repr, shown)) + (", ..." if len(names) > 4 else "") or "none"
 
 
-def _split(labels, indices, fraction, what) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(labels, indices, fraction, what, cure) -> tuple[torch.Tensor, torch.Tensor]:
     """Split `indices` in two, stratified by label; the second part gets `fraction` of them."""
     try:
         first, second = train_test_split(
@@ -189,7 +207,7 @@ def _split(labels, indices, fraction, what) -> tuple[torch.Tensor, torch.Tensor]
     except ValueError:
         raise UserError(
             f"{what} {fraction} of {len(indices)} images leaves a class without an image "
-            "in one part: add images, or split otherwise (--val-fraction; folders train/, test/)"
+            f"in one part: add images, or {cure}"
         ) from None
     return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
 
@@ -198,9 +216,13 @@ def _load_cifar10(root: Path):
     try:
         parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad md5 a RuntimeError
+        archive = "cifar-10-python.tar.gz"
+        cure = f"put {archive} there"
+        if (root / archive).exists():
+            cure = f"its {archive} is not whole: put another one there"
         raise UserError(
-            f"cannot get CIFAR-10 into {root} ({error}): put cifar-10-python.tar.gz there, or use "
-            "--dataset folder with images of your own, or try --dataset digits"
+            f"--data-dir {root}: cannot get CIFAR-10 ({error}): {cure}, or use --dataset folder "
+            "with images of your own, or try --dataset digits"
         ) from None
     images = torch.from_numpy(np.concatenate([part.data for part in parts]))  # (M, H, W, 3)
     labels = torch.tensor(parts[0].targets + parts[1].targets)
@@ -215,7 +237,7 @@ def _load_digits():
     images = torch.nn.functional.interpolate(images, size=32, mode="bilinear").round()
     images = images.to(torch.uint8).expand(-1, 3, -1, -1)
     labels = torch.from_numpy(digits.target)
-    train, test = _split(labels, torch.arange(len(labels)), TEST_FRACTION, "the test split")
+    train, test = _split(labels, torch.arange(len(labels)), TEST_FRACTION, "the test split", "")
     return images, labels, {"train": train, "test": test}
 
 
@@ -235,7 +257,7 @@ def channel_statistics(split: Split) -> tuple[tuple, tuple]:
 # ---------------------------------------------------------------- a folder of images
 
 
-def _load_folder(root: Path, size: int):
+def _load_folder(root: Path, size: int, test_alone: bool):
     """Decode `root/<part>/<class>/*`, or `root/<class>/*`, once, then memory-map the cache."""
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "there is no such folder"
@@ -245,7 +267,7 @@ def _load_folder(root: Path, size: int):
     nested = any(_folders(root / part) for part in there)
     if not {"train", "test"} & set(there) or (len(folders) > len(there) and not nested):
         there = []  # one level; a class may be called train
-    elif not {"train", "test"} <= set(there):
+    elif not {"train", "test"} <= set(there) and not (test_alone and "test" in there):
         missing = "test" if "train" in there else "train"
         raise UserError(
             f"--data-dir {root}: there is no folder {missing}/<class>/ beside {there[0]}/: add it, "
@@ -256,7 +278,14 @@ def _load_folder(root: Path, size: int):
         found, others = _scan(root / part)
         if not found:
             raise UserError(
-                f"--data-dir {root}: no images in {root / part}/<class>/, such as cat/1.jpg"
+                f"--data-dir {root}: no images ({' '.join(IMG_EXTENSIONS)}) in "
+                f"{root / part}/<class>/, such as cat/1.jpg"
+            )
+        empty = {folder.name for folder in _folders(root / part)} - _classes(found)
+        if empty and part in ("", "train"):
+            raise UserError(
+                f"--data-dir {root}: no images in {root / part / min(empty)}: add some "
+                f"({' '.join(IMG_EXTENSIONS)}), or remove the folder"
             )
         parts[part] = torch.arange(len(files), len(files) + len(found))
         files, skipped = files + found, skipped + others
@@ -265,6 +294,9 @@ def _load_folder(root: Path, size: int):
     classes = sorted({names[row] for row in parts[there[0] if there else ""]})
     if len(classes) < 2:
         raise UserError(f"--data-dir {root}: there is one class, {classes[0]!r}; two are needed")
+    notes = [f"skipped {skipped} that are not {' '.join(IMG_EXTENSIONS)}"] if skipped else []
+    if there and len(folders) > len(there):
+        notes.append(f"not used: {_some(set(folders) - set(there))}")
     for part in there[1:]:
         strange = sorted({names[row] for row in parts[part]} - set(classes))
         if strange:
@@ -272,12 +304,15 @@ def _load_folder(root: Path, size: int):
                 f"--data-dir {root}: class {strange[0]!r} is in {part}/ but not in train/: add it "
                 "there, or remove it"
             )
+        missing = set(classes) - {names[row] for row in parts[part]}
+        if missing and part == "test":
+            notes.append(f"no test images of {_some(missing)}")
     labels = torch.tensor([classes.index(name) for name in names])
-    notes = [f"skipped {skipped} that are not {' '.join(IMG_EXTENSIONS)}"] if skipped else []
     if not there:
         train, test = _split(
-            labels, parts.pop(""), TEST_FRACTION, f"--data-dir {root}: a test split of"
-        )
+            labels, parts.pop(""), TEST_FRACTION, f"--data-dir {root}: a test split of",
+            "make folders train/ and test/",
+        )  # fmt: skip
         parts = {"train": train, "test": test}
         missing = set(range(len(classes))) - set(labels[test].tolist())
         if missing:
@@ -288,6 +323,7 @@ def _load_folder(root: Path, size: int):
         notes.append(f"{TEST_FRACTION:.0%} of the images are the test split")
     lines = [f"{os.path.relpath(path, root)} {stamp.split()[0]}" for path, stamp in files]
     images = _cached_images(root, files, size)
+    parts.setdefault("train", torch.arange(0))
     return images, labels, parts, classes, "; ".join(notes), _digest(lines)
 
 
@@ -297,6 +333,10 @@ def _digest(lines: list[str]) -> str:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _classes(found: list[tuple[str, str]]) -> set[str]:
+    return {Path(path).parent.name for path, _ in found}
 
 
 def _scan(folder: Path):
@@ -374,11 +414,11 @@ def read_image(path: str | Path, size: int | None = None) -> Image.Image:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; give image files") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image; replace or remove it") from None
+        raise UserError(f"{path}: not an image; replace it, or leave it out") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path}: more than 178 megapixels; make it smaller") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{path}: cannot be read ({error}); replace or remove it") from None
+        raise UserError(f"{path}: cannot be read ({error}); replace it, or leave it out") from None
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image

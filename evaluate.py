@@ -5,7 +5,7 @@
 
 Prints a table; writes into --out-dir, and to TensorBoard from there:
 
-    metrics.json               accuracy and F1, in all and per class, of each checkpoint
+    metrics.json               accuracy and F1, overall and per class, of each checkpoint
     classification_report.txt  scikit-learn's, a section per checkpoint
     confusion_matrix.png       counts, and shares of each true class, a panel per checkpoint
     learning_curves.png        by epoch and by training time
@@ -17,10 +17,10 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import (
     accuracy_score,
     classification_report,
@@ -32,11 +32,19 @@ from tqdm import tqdm
 
 from batches import Batches, evaluation_batch_size
 from checkpoint import load_models
-from cli import Parser, add_data_flags, add_device_flag, choose_device, command, make_out_dir, run
+from cli import (
+    Parser,
+    add_data_flags,
+    add_device_flag,
+    choose_device,
+    command,
+    make_out_dir,
+    path_type,
+    run,
+)
 from data import Data, Split, load_data_of
+from figures import short
 from models import count_parameters
-
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 
 
 @torch.inference_mode()
@@ -99,8 +107,9 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
         counts = np.array(scores["confusion_matrix"])
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(C), classes, **tilted(classes))
-        axes.set_yticks(range(C), classes)
+        ticks = list(map(short, classes))
+        axes.set_xticks(range(C), ticks, **tilted(ticks))
+        axes.set_yticks(range(C), ticks)
         axes.set(xlabel="predicted", ylabel="true")
         axes.set_title(f"{name}: {scores['accuracy']:.2%} of {scores['images']:,} images correct")
         axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
@@ -136,6 +145,7 @@ def plot_curves(histories: dict[str, list[dict]]) -> Figure:
                 axes.set_xlabel(unit)
         row[0].set_ylabel(quantity)
     grid[0, 0].yaxis.set_major_formatter("{x:.0%}")
+    grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0, 0].legend()
     return figure
 
@@ -153,7 +163,7 @@ def plot_examples(split: Split, classes: list[str]) -> Figure:
         where = (labels == label).nonzero()[:1, 0]
         if len(where):
             axes.imshow(split.rows(where)[0][0].permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_title(name, fontsize=11)
+        axes.set_title(short(name, 14), fontsize=11)
     return figure
 
 
@@ -169,7 +179,8 @@ def plot_counts(data: Data) -> Figure:
         counts = torch.bincount(split.labels[split.indices], minlength=len(data.classes)).numpy()
         bars = axes.bar(place + (i - 1) * 0.28, counts, 0.28, label=f"{part}: {len(split):,}")
         axes.bar_label(bars, fontsize=7, rotation=90 if len(data.classes) > 5 else 0, padding=2)
-    axes.set_xticks(place, data.classes, **tilted(data.classes))
+    ticks = list(map(short, data.classes))
+    axes.set_xticks(place, ticks, **tilted(ticks))
     axes.set_ylabel("images")
     axes.margins(y=0.15)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=3, frameon=False)
@@ -196,7 +207,7 @@ def main(argv=None):
                         help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
     add_data_flags(parser, remembered=True)
     parser.add_argument("--split", choices=("test", "val"), default="test", help="which images")
-    parser.add_argument("--out-dir", type=Path, default=Path("runs/evaluation"), metavar="DIR",
+    parser.add_argument("--out-dir", type=path_type, default=Path("runs/evaluation"), metavar="DIR",
                         help="where the results go; earlier ones there are replaced")  # fmt: skip
     add_device_flag(parser)
     args = parser.parse_args(argv)

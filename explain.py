@@ -9,8 +9,8 @@ Prints each prediction; writes figures into --out-dir:
     <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay
     <vit>_attention-layers-<...>.png    the class token's attention in each layer, mean of heads
     <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
-    <file>_<checkpoint>_<method>.png    with --images: the overlay on the photograph itself,
-                                        its middle square, which is what the networks see
+    <file>_<checkpoint>_<method>_<target>.png    with --images: the overlay on the photograph,
+                                    of which the networks see the middle square
 """
 
 # B batch   C classes   K channels or token width   h, w grid of a map   N tokens   L layers
@@ -34,10 +34,11 @@ from cli import (
     command,
     make_out_dir,
     number,
+    path_type,
     run,
 )
 from data import load_data_of, read_image
-from figures import overlay, plot_attention_heads, plot_attention_layers, plot_explanations
+from figures import overlay, plot_attention_heads, plot_attention_layers, plot_explanations, short
 from models import ViT
 
 BATCH = 256  # images that go through a network at once, with 65 tokens
@@ -203,12 +204,12 @@ def make_columns(name, model, checkpoint, images, labels, p, classes, methods, t
             titles, colors = [], []
             for heat, row, c, label in zip(maps, p, goal, labels, strict=True):
                 empty = "" if heat.max() > heat.min() else " (empty map)"
-                titles.append(f"{classes[c]} {row[c]:.0%}{empty}")
+                titles.append(f"{short(classes[c])} {row[c]:.0%}{empty}")
                 colors.append("black" if label < 0 else "green" if c == label else "firebrick")
             columns.append(
                 {
                     "key": f"{name}_{method}" + (f"_{target}" if target else ""),
-                    "header": f"{name}\n{TITLES[method]} ({target or 'same for every class'})",
+                    "header": f"{name}\n{TITLES[method]} ({target or 'any class'})",
                     "maps": maps,
                     "titles": titles,
                     "colors": colors,
@@ -219,17 +220,19 @@ def make_columns(name, model, checkpoint, images, labels, p, classes, methods, t
 
 def add_flags(parser: Parser) -> None:
     """The flags of this script."""
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT",
                         help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
     group = parser.add_argument_group("images of your own")
-    group.add_argument("--images", nargs="+", type=Path, metavar="FILE",
+    group.add_argument("--images", nargs="+", type=path_type, metavar="FILE",
                        help="explain these files in place of test images")  # fmt: skip
     add_data_flags(parser, remembered=True)
     group = parser.add_argument_group("test images")
     group.add_argument("--show", choices=("any", "correct", "wrong"),
                        help="correct: all checkpoints are right; wrong: at least one is not "
                        "(default: any)")  # fmt: skip
-    group.add_argument("--count", type=number(int, 1), metavar="N", help="how many (default: 8)")
+    group.add_argument(
+        "--count", type=number(int, 1), metavar="N", help="how many test images (default: 8)"
+    )
     group = parser.add_argument_group("explanations")
     group.add_argument("--target", nargs="+", metavar="CLASS",
                        help="what Grad-CAM explains, a map each: predicted, true, or a class's "
@@ -237,8 +240,8 @@ def add_flags(parser: Parser) -> None:
     group.add_argument("--method", nargs="+", choices=METHODS,
                        help="(default: grad-cam; for a ViT all three)")  # fmt: skip
     group.add_argument("--save-maps", action="store_true", help="also write the maps as .npz")
-    parser.add_argument("--out-dir", type=Path, default=Path("runs/explanations"), metavar="DIR",
-                        help="where the figures go")  # fmt: skip
+    parser.add_argument("--out-dir", default=Path("runs/explanations"),
+                        type=path_type, metavar="DIR", help="where the figures go")  # fmt: skip
     add_device_flag(parser)
 
 
@@ -247,6 +250,8 @@ def main(argv=None):
     parser = Parser(__doc__)
     add_flags(parser)
     args = parser.parse_args(argv)
+    if not args.checkpoints:
+        parser.error("no CHECKPOINT: name one, and before --images")
     if args.images:
         for flag in ("show", "count", "dataset", "data_dir"):
             if getattr(args, flag) is not None:
@@ -266,7 +271,10 @@ def main(argv=None):
     if not any(methods.values()):
         parser.error(f"--method {' '.join(args.method)}: a CNN has no attention; use grad-cam")
 
-    classes, targets = next(iter(checkpoints.values()))["classes"], args.target or ["predicted"]
+    classes, targets = (
+        next(iter(checkpoints.values()))["classes"],
+        list(dict.fromkeys(args.target or ["predicted"])),
+    )
     for target in targets:
         if target == "true" and args.images:
             parser.error("--target true: --images have no labels; use predicted or a class's name")
@@ -287,7 +295,8 @@ def main(argv=None):
         failed = len(files) < len(set(args.images))
         if not files:
             sys.exit(2)
-        names = wheres = [file.name for file in files]
+        wheres = [file.name for file in files]
+        names = list(map(short, wheres))
         positions = labels = torch.full((len(files),), -1)
     else:
         data = load_data_of(checkpoints, args.dataset, args.data_dir)
@@ -297,10 +306,12 @@ def main(argv=None):
             parser.error(f"--show {show}: there is no such image in the test split")
         images, labels = data.test.rows(positions)
         pictures = list(images.permute(0, 2, 3, 1).numpy())
-        names = [f"true: {classes[label]}" for label in labels]
+        names = [f"true: {short(classes[label], 16)}" for label in labels]
         wheres = [
             f"test image {i} ({classes[label]})" for i, label in zip(positions, labels, strict=True)
         ]
+
+    make_out_dir(args.out_dir)
 
     # 2. The maps: for each checkpoint, method and target a column of the figure.
     columns, predictions = [], []
@@ -315,7 +326,6 @@ def main(argv=None):
         )
 
     # 3. The figures.
-    make_out_dir(args.out_dir)
     written, stem = [], "+".join(models)
 
     def target_of(file: str) -> Path:  # a checkpoint may be called by its path

@@ -3,6 +3,8 @@
 B images   L layers   h, w grid of a map   H, W image height and width
 """
 
+import textwrap
+
 import matplotlib
 import numpy as np
 import torch
@@ -13,6 +15,12 @@ from PIL import Image
 COLORS = matplotlib.colormaps["turbo"]
 SCALE = "Each map has its own scale, from its lowest value (dark blue) to its highest (dark red)."
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
+
+
+def short(name: str, length: int = 20) -> str:
+    """A long name without its middle: what a column has room for."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
 def scaled(heat) -> np.ndarray:
@@ -38,7 +46,8 @@ def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: lis
     rows, cols = len(pictures), 1 + 2 * len(columns)
     height = 2.05 * rows + 0.8  # inches
     figure = Figure(figsize=(1.75 * cols, height))
-    figure.text(0.5, 0.1 / height, SCALE, ha="center", fontsize=10)
+    note = textwrap.fill(SCALE, 23 * cols)  # two lines below a narrow figure
+    figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=10)
     grid = figure.subplots(rows, cols, squeeze=False)
     figure.subplots_adjust(0.01, 0.35 / height, 0.99, 1 - 0.85 / height, wspace=0.06, hspace=0.2)
     for axes in grid.ravel():
@@ -66,7 +75,7 @@ def _attention_grid(rows: int, columns: int, inches: tuple[float, float], title:
     """A titled figure of empty panels without axes: (figure, panels (rows, columns))."""
     figure = Figure(figsize=inches, layout="constrained")
     figure.suptitle(title, weight="bold", fontsize=11)
-    figure.supxlabel(SCALE, fontsize=9)
+    figure.supxlabel(textwrap.fill(SCALE, int(14 * inches[0])), fontsize=9)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.ravel():
         axes.set_axis_off()

@@ -72,7 +72,7 @@ class CNN(nn.Module):
         super().__init__()
         if len(widths) != len(depths) or not widths:
             raise ValueError(
-                f"widths has {len(widths)} numbers, depths {len(depths)}: give both as many"
+                f"widths has {len(widths)} numbers, depths {len(depths)}: give as many to both"
             )
         if min(classes, stem, *widths) < 1 or min(depths) < 0:
             raise ValueError("classes, stem and widths must be at least 1, depths at least 0")
@@ -212,10 +212,10 @@ class ViT(nn.Module):
             raise ValueError(
                 f"patch_size {patch_size} does not divide an image of {image_size} pixels"
             )
-        if min(classes, depth, dim * mlp_ratio) < 1 or dim < 4 or dim % 4:
-            raise ValueError(
-                "classes, depth, dim × mlp_ratio must be at least 1, dim a multiple of 4"
-            )
+        if dim < 4 or dim % 4:
+            raise ValueError(f"dim {dim} is not a multiple of 4, of at least 4")
+        if min(classes, depth, dim * mlp_ratio) < 1:
+            raise ValueError("classes, depth, dim × mlp_ratio must be at least 1")
         self.grid = image_size // patch_size  # P = grid × grid
         self.patchify = nn.Conv2d(3, dim, patch_size, stride=patch_size)  # a linear map per patch
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -20,6 +20,7 @@ from cli import (
     choose_device,
     make_out_dir,
     number,
+    path_type,
 )
 from data import Data, load_data
 from models import build_model, count_parameters
@@ -30,31 +31,40 @@ def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
     """The flags that both scripts share; `parser.set_defaults(...)` in a script gives values."""
     changes = {"--recipe best": best, "--dataset digits": digits}
     lines = [f"{flag} sets {as_flags(new)}" for flag, new in changes.items()]
-    lines.append("With both, --dataset digits decides; what you type always does.")
+    lines.append("With both, --dataset digits decides; a flag that you type decides over either.")
     parser = Parser(manual, epilog="\n".join(lines))
     add_data_flags(parser)
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--recipe", choices=("fast", "best"), default="fast",
-        help="fast: good accuracy in little time; best: the highest accuracy")  # fmt: skip
-    add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
+        help="fast: good accuracy in little time; best: many epochs, more augmentation, "
+        "not measured yet")  # fmt: skip
+    add("--epochs", type=number(int, 1, 10**6), metavar="N", help="passes over the training images")
     add("--batch-size", type=number(int, 1), metavar="N", help="images per training step")
     add("--lr", type=number(float, 0, above=True), metavar="X",
-        help="highest learning rate: AdamW's")  # fmt: skip
-    add("--muon-lr", type=number(float, 0, above=True), metavar="X",
-        help="Muon's, for hidden matrices and filters; same schedule as --lr")  # fmt: skip
+        help="highest learning rate of AdamW (what Muon does not train)")  # fmt: skip
+    add("--muon-lr", type=number(float, 0, 1e30, above=True), metavar="X",
+        help="highest learning rate of Muon (hidden matrices and filters)")  # fmt: skip
     add("--warmup", type=number(float, 0, 0.9), metavar="X",
-        help="share of the steps, 0 to 0.9, in which the rate rises; then it falls")  # fmt: skip
-    add("--weight-decay", type=number(float, 0), metavar="X", help="not of biases and norms")
-    add("--label-smoothing", type=number(float, 0, 0.9), metavar="X", help="0: off")
+        help="share of the steps, 0 to 0.9, while the rate rises; then it falls")  # fmt: skip
+    add(
+        "--weight-decay", type=number(float, 0), metavar="X", help="not applied to biases and norms"
+    )
+    add("--label-smoothing", type=number(float, 0, 0.9), metavar="X",
+        help="share of the target that is spread over all classes; 0: off")  # fmt: skip
     add("--clip", type=number(float, 0), metavar="X", help="clip the gradient norm to X; 0: never")
     add("--ema-decay", type=number(float, 0, 0.99999), metavar="X",
         help="decay of the moving average (EMA) of the weights; 0: no average")  # fmt: skip
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random")
     add("--shift", type=number(int, 0, 31), metavar="N", help="move images by up to N pixels")
-    add("--erase", type=number(int, 0, 32), metavar="N", help="blank N×N pixels; 0: none")
+    add(
+        "--erase",
+        type=number(int, 0, 32),
+        metavar="N",
+        help="blank a square of N×N pixels; 0: none",
+    )
     add("--auto-augment", action=argparse.BooleanOptionalAction,
-        help="TrivialAugmentWide, one random operation per 16th of a batch")  # fmt: skip
+        help="TrivialAugmentWide, a random operation for each sixteenth of a batch")  # fmt: skip
     add("--mix", type=number(float, 0, 1), metavar="X",
         help="share of the batches mixed by CutMix or MixUp")  # fmt: skip
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
@@ -62,13 +72,13 @@ def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
     add("--image-size", type=number(int, 32, 128), default=32, metavar="N",
         help="with --dataset folder: side of the images in pixels, 32 to 128")  # fmt: skip
     add("--val-fraction", type=number(float, 0, 0.9), default=0.1, metavar="X",
-        help="share of the training images for validation; 0: best.pt is the last")  # fmt: skip
+        help="share of training images for validation; 0: best.pt is the last epoch")  # fmt: skip
     group = parser.add_argument_group("run")
     add = group.add_argument
     add_device_flag(group)
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
         help="automatic mixed precision; auto: on with CUDA, off without")  # fmt: skip
-    add("--out-dir", type=Path, metavar="DIR",
+    add("--out-dir", type=path_type, metavar="DIR",
         help="where checkpoints and curves go (default: runs/<dataset>-<model>)")  # fmt: skip
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on from last.pt in --out-dir")
@@ -101,12 +111,19 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
 
     if settings["resume"]:
         if not (out_dir / "last.pt").is_file():
-            raise UserError(
-                f"--resume: there is no {out_dir / 'last.pt'}: check --out-dir, or leave it out"
-            )
-        resumed = load_checkpoint(out_dir / "last.pt")
+            cure = "put it back, or start anew (--overwrite)"
+            if not list(out_dir.glob("*.pt")):
+                cure = "check --out-dir, or leave --resume out"
+            raise UserError(f"--resume: there is no file {out_dir / 'last.pt'}: {cure}")
+        try:
+            resumed = load_checkpoint(out_dir / "last.pt")
+        except UserError as error:
+            raise UserError(f"--resume: {error}; or start anew (--overwrite)") from None
         if resumed["optimizer"] is None:
-            raise UserError(f"--resume: {out_dir / 'last.pt'} holds weights only, no training")
+            raise UserError(
+                f"--resume: {out_dir / 'last.pt'} holds weights only, no training to go on with: "
+                "start anew (--overwrite)"
+            )
         if resumed["model_name"] != model_name:
             raise UserError(
                 f"--resume: {out_dir / 'last.pt'} is a {resumed['model_name']}: go on with "
@@ -126,7 +143,10 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
             print(f"{out_dir} is finished: {resumed['epoch']} of {saved['epochs']} epochs are done")
             sys.exit(0)
         if not (out_dir / "best.pt").is_file():
-            raise UserError(f"--resume: {out_dir / 'best.pt'} is missing: put it back")
+            raise UserError(
+                f"--resume: {out_dir / 'best.pt'} is missing: put it back, or start anew "
+                "(--overwrite)"
+            )
         settings = settings | saved | {k: typed[k] for k in free & set(typed)}
         settings["out_dir"] = out_dir
     else:
@@ -139,7 +159,7 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
 
 
 def prepare(settings, model_name: str, model_settings: list[str], resumed: dict | None):
-    """Load the data, build the model, clear the out-dir; print in one line what will happen.
+    """Load the data, build the model, make the out-dir; print in one line what will happen.
 
     Returns (model, train_batches, val_batches or None, card).
 
@@ -150,6 +170,8 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
     device = choose_device(settings.device)
     amp_dtype = choose_amp(settings.amp, device)
     out_dir = Path(settings.out_dir)
+    if settings.dataset == "folder" and out_dir.resolve() == Path(settings.data_dir).resolve():
+        raise UserError(f"--out-dir {out_dir} is the folder of images: choose another")
     make_out_dir(out_dir)
     if settings.image_size != 32 and settings.dataset != "folder":
         raise UserError("--image-size is for --dataset folder alone: leave it out")
@@ -188,10 +210,6 @@ def prepare(settings, model_name: str, model_settings: list[str], resumed: dict 
         train_batches = Taught(train_batches, load_teacher(settings.teacher, card, device))
     if resumed:
         same_data(card, resumed)
-    else:
-        for part in ("train", "val"):  # an earlier run's curves; its checkpoints go with the first
-            for path in (out_dir / part).glob("events.out.tfevents.*"):  # new ones
-                path.unlink()
     choices = {key: getattr(settings, key) for key in [*model_settings, "flip"]}
     print(
         f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
@@ -237,19 +255,19 @@ def same_data(card: dict, resumed: dict) -> None:
         )
 
 
-def load_teacher(path: Path, card: dict, device: torch.device) -> torch.nn.Module:
+def load_teacher(file: Path, card: dict, device: torch.device) -> torch.nn.Module:
     """The model of a checkpoint, to learn from.
 
     Raises:
         UserError: it cannot be read, or was trained on other images.
     """
     try:
-        teacher, checkpoint = load_model(path, device)
+        teacher, checkpoint = load_model(file, device)
     except UserError as error:
         raise UserError(f"--teacher {error}") from None
     if not alike(card, checkpoint, 0.02):
         raise UserError(
-            f"--teacher {path}: it was trained on other images, sizes or classes "
+            f"--teacher {file}: it was trained on other images, sizes or classes "
             f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): take a "
             "checkpoint trained on the same data set"
         )

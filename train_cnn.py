@@ -67,7 +67,7 @@ def main(argv=None):
                        help="channels of the first convolution")  # fmt: skip
     group.add_argument("--widths", type=number(int, 1), nargs="+", metavar="N",
                        help="channels of each stage; a stage halves the image's side")  # fmt: skip
-    group.add_argument("--depths", type=number(int, 0), nargs="+", metavar="N",
+    group.add_argument("--depths", type=number(int, 0, 1000), nargs="+", metavar="N",
                        help="residual blocks of each stage; as many as --widths")  # fmt: skip
     parser.set_defaults(**RECIPE)
     settings, resumed = parse_settings(parser, argv, "cnn", BEST, DIGITS)

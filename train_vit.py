@@ -8,9 +8,7 @@ Times on two CPU cores; the 79% on a JPEG copy of CIFAR-10 (see README). Prints 
 writes checkpoints and TensorBoard curves to --out-dir: see them by tensorboard --logdir runs
 """
 
-from pathlib import Path
-
-from cli import command, number, run
+from cli import command, number, path_type, run
 from recipe import finish, parse_settings, prepare, recipe_parser
 from training import muon_and_adamw, train
 
@@ -53,14 +51,14 @@ def main(argv=None):
     group.add_argument("--patch-size", type=number(int, 1), metavar="N",
                        help="side of a patch in pixels; must divide the image's side")  # fmt: skip
     group.add_argument("--dim", type=number(int, 1), metavar="N", help="embedding dimension")
-    group.add_argument("--depth", type=number(int, 1), metavar="N", help="number of blocks")
+    group.add_argument("--depth", type=number(int, 1, 1000), metavar="N", help="number of blocks")
     group.add_argument("--heads", type=number(int, 1), metavar="N",
                        help="attention heads of a block; must divide --dim")  # fmt: skip
     group.add_argument("--mlp-ratio", type=number(float, 0, above=True), metavar="X",
                        help="hidden width of the MLPs, as a multiple of --dim")  # fmt: skip
     group.add_argument("--drop-path", type=number(float, 0, 0.9), metavar="X",
                        help="stochastic depth: probability in the last block")  # fmt: skip
-    group.add_argument("--teacher", type=Path, metavar="FILE",
+    group.add_argument("--teacher", type=path_type, metavar="FILE",
                        help="distillation: checkpoint to learn from, such as a CNN's")  # fmt: skip
     parser.set_defaults(**RECIPE)
     settings, resumed = parse_settings(parser, argv, "vit", BEST, DIGITS)

@@ -64,6 +64,9 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         first_epoch, step = resumed["epoch"] + 1, resumed["step"]
         best, history = resumed["best"], resumed["history"]
 
+    old_curves = []
+    if settings.overwrite and not resumed:
+        old_curves = [file for part in ("train", "val") for file in out_dir.glob(f"{part}/events*")]
     # Two writers with the same tags: TensorBoard draws training and validation in one chart.
     # purge_step hides what an interrupted run logged after its last checkpoint.
     log_train = SummaryWriter(out_dir / "train", purge_step=step + 1)
@@ -125,9 +128,9 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         if not (good and np.isfinite([train_loss, val_loss or 0]).all()):
             kept = f"; {out_dir} keeps epoch {epoch - 1}, the last good one" if history else ""
             raise UserError(
-                f"the loss or the weights are no longer finite in epoch {epoch} (step {step}) with "
-                f"--lr {settings.lr:g}: start again with lower learning rates (--lr, --muon-lr)"
-                f"{kept}"
+                f"the loss or the weights are no longer finite in epoch {epoch} (by step {step}) "
+                f"with --lr {settings.lr:g}: start again with lower --lr, --muon-lr or "
+                f"--weight-decay{kept}"
             )
 
         # 8. Log: a row here and in the history, points in TensorBoard.
@@ -166,6 +169,8 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             chosen = load_checkpoint(out_dir / "best.pt") | {"history": history}
         save_checkpoint(out_dir / "best.pt", chosen)
         save_checkpoint(out_dir / "last.pt", state)
+        while old_curves:  # of the run that is now replaced
+            old_curves.pop().unlink()
 
     log_train.close()
     log_val.close()
@@ -190,14 +195,15 @@ def lr_at(step: int, total_steps: int, warmup: float, peak: float) -> float:
 
 @torch.no_grad()
 def update_average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """Ema <- d ema + (1 - d) model, for weights and batch-norm statistics alike.
+    """The average <- d average + (1 - d) model, for weights and batch-norm statistics alike.
 
     d = min(decay, (1 + step) / (10 + step)): young averages forget the random start faster.
     """
     d = min(decay, (1 + step) / (10 + step))
     new = model.state_dict()
     old = {name: value for name, value in ema.state_dict().items() if value.is_floating_point()}
-    torch._foreach_lerp_(list(old.values()), [new[name] for name in old], 1 - d)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(d)  # one call for all tensors
+    average(list(old.values()), [new[name] for name in old], None)
 
 
 @torch.no_grad()
@@ -280,7 +286,7 @@ class FilterMuon(torch.optim.Optimizer):
 
     def __init__(self, group: dict, **muon_settings):
         super().__init__([group], {"lr": muon_settings["lr"]})
-        matrices = [nn.Parameter(weight.detach().flatten(1)) for weight in group["params"]]
+        matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in group["params"]]
         self.muon = torch.optim.Muon(matrices, **muon_settings)
 
     @torch.no_grad()

@@ -53,6 +53,17 @@ FOLDERS = {
     ),
     "train/ only": (lambda root: folder_of(root, "train/a", "train/b"), "no folder test/<class>/"),
     "test/ only": (lambda root: folder_of(root, "test/a", "test/b"), "no folder train/<class>/"),
+    "a class without images": (
+        lambda root: (folder_of(root, "cat", "dog", count=10), (root / "emu").mkdir()),
+        "emu: add some",
+    ),
+    "the same in train/": (
+        lambda root: (
+            folder_of(root, "train/a", "train/b", "test/a"),
+            (root / "train/c").mkdir(),
+        ),
+        "train/c: add some",
+    ),
     "one class": (lambda root: folder_of(root, "cat"), "one class, 'cat'; two are needed"),
     "one image of a class": (
         lambda root: (folder_of(root, "cat", count=20), folder_of(root, "dog", count=1)),
@@ -101,6 +112,25 @@ def test_folders(kind, tmp_path, fails):
     line = fails(train_cnn.main, *argv)
     assert says in line and str(root) in line
     assert not list(tmp_path.rglob(".cache*"))
+
+
+def test_flags(tmp_path, trained, fails):
+    """Empty names, a folder of images to write into, a training that cannot go on."""
+    assert "--out-dir: is empty" in fails(train_cnn.main, "--dataset", "digits", "--out-dir", "")
+    root = tmp_path / "photos"
+    folder_of(root, "cat", "dog", count=10)
+    argv = ["--dataset", "folder", "--data-dir", root, "--out-dir", root]
+    assert "is the folder of images" in fails(train_cnn.main, *argv, *TINY_CNN)
+    (tmp_path / "best.pt").write_bytes(trained["cnn"].read_bytes())
+    for flags in (["--resume"], []):
+        line = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path, *flags)
+        assert "--overwrite" in line
+    assert "no CHECKPOINT" in fails(explain.main, "--images", trained["cnn"])
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    folder_of(tmp_path, "train/a", "train/b", "test/a", "fox", count=10)
+    assert load_data("folder", tmp_path).note == "not used: 'fox'; no test images of 'b'"
 
 
 def test_a_class_may_be_called_train(tmp_path):

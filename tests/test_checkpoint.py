@@ -62,6 +62,16 @@ def damaged(kind, good, folder):
             state["model_config"]["colour"] = "red"
         elif kind == "no history":
             state["history"] = []
+        elif kind == "two means":
+            state["mean"].pop()
+        elif kind == "a deviation of 0":
+            state["std"][1] = 0.0
+        elif kind == "equal classes":
+            state["classes"] = ["a"] * 10
+        elif kind == "too few classes":
+            state["classes"].pop()
+        elif kind == "NaN":
+            state["model"]["head.bias"][3] = float("nan")
         elif kind == "no data set":
             state["dataset"] = None
         checkpoint.save_checkpoint(path, state)
@@ -89,6 +99,11 @@ def damaged(kind, good, folder):
         ("unknown argument", "colour"),
         ("no history", "no epoch"),
         ("no data set", "lacks a good 'dataset'"),
+        ("two means", "lacks a good 'mean'"),
+        ("a deviation of 0", "lacks a good 'std'"),
+        ("equal classes", "lacks a good 'classes'"),
+        ("too few classes", "it names 9 classes"),
+        ("NaN", "no finite numbers"),
         ("compressed", "not a checkpoint"),
     ],
 )

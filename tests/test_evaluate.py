@@ -1,15 +1,18 @@
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY_CNN
 from PIL import Image
 from sklearn import metrics as sk
 
 import checkpoint
 import evaluate
+import train_cnn
 from data import load_data
 
 
@@ -32,6 +35,29 @@ def test_a_class_without_images_is_no_error():
     ours = evaluate.measure(logits, torch.zeros(15, dtype=torch.long), ["a", "b", "c"])
     assert ours["per_class"]["b"]["support"] == 0
     evaluate.plot_confusion({"m": ours}, ["a", "b", "c"])
+
+
+def test_rows_of_the_confusion_figure_are_true_classes():
+    logits = torch.eye(2)[[0, 0, 1]]
+    ours = evaluate.measure(logits, torch.tensor([0, 1, 1]), ["a", "b"])
+    (axes,) = evaluate.plot_confusion({"m": ours}, ["a", "b"]).axes
+    cells = {(round(t.get_position()[1]), round(t.get_position()[0])): [] for t in axes.texts}
+    for text in axes.texts:
+        x, y = text.get_position()
+        cells[round(y), round(x)].append(text.get_text())
+    assert cells == {(0, 0): ["1", "100.0%"], (1, 0): ["1", "50.0%"], (1, 1): ["1", "50.0%"]}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+
+
+def test_a_folder_with_test_alone_is_measured_whole(photos, tmp_path):
+    """Trained on one folder, measured on all of another, which has nothing to train on."""
+    argv = ["--dataset", "folder", "--data-dir", photos, "--batch-size", 8, "--epochs", 1]
+    train_cnn.main([*map(str, argv), *TINY_CNN, "--out-dir", str(tmp_path / "run")])
+    shutil.copytree(photos / "train", tmp_path / "other" / "test")
+    argv = [tmp_path / "run" / "best.pt", "--data-dir", tmp_path / "other"]
+    evaluate.main([*map(str, argv), "--out-dir", str(tmp_path / "out")])
+    (found,) = json.loads((tmp_path / "out" / "metrics.json").read_text()).values()
+    assert found["images"] == 24
 
 
 @pytest.fixture(scope="module")

@@ -62,8 +62,10 @@ def test_vit_grad_cam_has_the_gradients_that_captum_finds(vit, images):
     attr = pytest.importorskip("captum.attr")
     raw = attr.LayerGradientXActivation(vit, vit.blocks[-1].norm1).attribute(images, target=TARGETS)
     _, found = vit.forward_features(images, return_intermediates=True)
-    gradient = explain.patch_grid(raw / found["tokens"])
-    A = explain.patch_grid(found["tokens"])
+    gradient, A = (
+        tokens[:, 1:].unflatten(1, (8, 8)).movedim(-1, 1)
+        for tokens in (raw / found["tokens"], found["tokens"])
+    )
     expected = (gradient.mean((2, 3), keepdim=True) * A).sum(1).relu()
     ours = explain.grad_cam(vit, images, TARGETS)
     assert ours.max() > 0
@@ -122,6 +124,29 @@ def test_attention_maps_are_the_class_tokens_rows_in_reading_order(vit, images):
     for y, x in ((0, 0), (0, 7), (5, 2)):
         expected = found["attention"][1][:, 2, 0, 1 + 8 * y + x]
         torch.testing.assert_close(maps[:, 1, 2, y, x], expected)
+    last = found["attention"][-1][:, :, 0, 1:].mean(1).reshape(6, 8, 8)
+    torch.testing.assert_close(explain.last_attention(vit, images), last)
+    whole = explain.rollout(found["attention"])
+    rolled = explain.attention_rollout(vit, images)
+    for y, x in ((0, 0), (0, 7), (5, 2)):
+        torch.testing.assert_close(rolled[:, y, x], whole[:, 0, 1 + 8 * y + x])
+
+
+def test_photographs_are_cut_to_their_middle(tmp_path):
+    photo = Image.new("RGB", (120, 40), "red")
+    photo.paste("lime", (40, 0, 80, 40))
+    photo.save(tmp_path / "wide.png")
+    photo.rotate(90, expand=True).save(tmp_path / "tall.png")
+    _, pictures, images = explain.read_photographs(
+        [tmp_path / "wide.png", tmp_path / "tall.png"], 32
+    )
+    assert [p.shape for p in pictures] == [(40, 40, 3)] * 2 and images.shape == (2, 3, 32, 32)
+    for i in range(2):
+        for inner in (
+            pictures[i][2:-2, 2:-2].reshape(-1, 3),
+            images[i, :, 2:-2, 2:-2].flatten(1).T,
+        ):
+            assert (np.asarray(inner) == (0, 255, 0)).all()
 
 
 def test_a_map_lies_where_its_pixels_are():
@@ -167,10 +192,11 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     images, labels = load_data("digits", ".").test.rows(torch.tensor(maps["indices"]))
     assert labels.tolist() == maps["labels"].tolist()
     model, checkpoint = load_model(trained["cnn"])
-    x = explain.prepare_images(images, checkpoint, "cpu")
+    mean, std = (torch.tensor(checkpoint[key]).view(3, 1, 1) for key in ("mean", "std"))
+    x = (images / 255 - mean) / std
     assert model(x).argmax(1).tolist() == maps["predictions"][0].tolist()
     seven = explain.grad_cam(model, x, torch.full((3,), 7))
-    np.testing.assert_allclose(maps["digits-cnn_grad-cam_7"], seven, rtol=1e-5)
+    np.testing.assert_allclose(maps["digits-cnn_grad-cam_7"], seven, rtol=1e-4, atol=1e-7)
     assert maps["digits-vit_rollout"].shape == (3, 4, 4)
 
 

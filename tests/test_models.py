@@ -149,7 +149,7 @@ def test_vit_equals_torchvisions_with_copied_weights(images):
         (lambda: ViT(patch_size=64), "does not divide an image of 32"),
         (lambda: ViT(dim=100, heads=3), "heads 3 does not divide dim 100"),
         (lambda: ViT(depth=0), "at least 1"),
-        (lambda: CNN(widths=(8, 8), depths=(1,)), "give both as many"),
+        (lambda: CNN(widths=(8, 8), depths=(1,)), "give as many to both"),
         (lambda: CNN(widths=(0, 8), depths=(1, 1)), "at least 1"),
         (lambda: CNN(widths=(8,) * 5, depths=(0,) * 5), "widths: 5 stages"),
         (lambda: ViT(mlp_ratio=0.001), "at least 1"),

@@ -90,15 +90,16 @@ def test_muon_has_the_hidden_matrices_and_decay_spares_norms_biases_and_position
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_muon_takes_filters_as_matrices(memory):
+@pytest.mark.parametrize("channels", [4, 1])
+def test_muon_takes_filters_as_matrices(memory, channels):
     """Three steps as those of torch.optim.Muon on the matrix, with a rate that changes."""
-    start = torch.randn(6, 4, 3, 3)
+    start = torch.randn(6, channels, 3, 3)
     filters = torch.nn.Parameter(start.clone(memory_format=memory))
     matrix = torch.nn.Parameter(start.flatten(1).clone())
     ours = training.FilterMuon({"params": [filters]}, lr=0.1, weight_decay=0.1)
     reference = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.1)
     for lr in (0.1, 0.3, 0.2):
-        gradient = torch.randn(6, 4, 3, 3)
+        gradient = torch.randn(6, channels, 3, 3)
         filters.grad = gradient.to(memory_format=memory)
         matrix.grad = gradient.flatten(1).clone()
         for optimizer in (ours, reference):
@@ -225,6 +226,7 @@ def test_a_dataloader_swaps_in_and_is_seeded_by_the_loop(tmp_path):
     images, labels = torch.randn(96, 3, 32, 32), torch.arange(96) % 10
     loader = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
     recipe = {**train_cnn.RECIPE, "epochs": 2, "amp": "off", "seed": 0, "limit_batches": None}
+    recipe["overwrite"] = False
     card = {key: KEYS[key]() for key in CARD}
     histories = []
     for folder in (tmp_path / "a", tmp_path / "b"):
@@ -240,13 +242,53 @@ def test_a_dataloader_swaps_in_and_is_seeded_by_the_loop(tmp_path):
     assert histories[0] == histories[1]
 
 
-def train_linear(folder, batches, model, optimizer, **changes) -> dict:
+def train_linear(folder, batches, model, optimizer, card=None, **changes) -> dict:
     """The loop on a small model, without averaging or warm-up."""
     settings = {"epochs": 2, "seed": 0, "lr": 0.5, "warmup": 0.0, "ema_decay": 0.0, "clip": 0.05}
     settings |= {"label_smoothing": 0.2, "amp": "off", "limit_batches": None, "out_dir": folder}
+    settings["overwrite"] = False
     settings = SimpleNamespace(**settings | changes)
-    card = {key: KEYS[key]() for key in CARD}
+    card = card or {key: KEYS[key]() for key in CARD}
     return training.train(model, optimizer, batches, None, settings=settings, card=card)
+
+
+def test_best_pt_has_the_weights_that_were_best_on_validation(trained, tmp_path, monkeypatch):
+    model, batches, optimizer = linear_and_batches()
+    found, weights = iter([(1.0, 0.5), (1.0, 0.9), (1.0, 0.7)]), []
+
+    def scripted(model, *_):
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        return next(found)
+
+    monkeypatch.setattr(training, "validate", scripted)
+    card = {key: load_checkpoint(trained["cnn"])[key] for key in CARD}
+    train_linear(tmp_path, batches, model, optimizer, epochs=3, card=card)
+    best, last = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("best", "last"))
+    for state, epoch in ((best, 2), (last, 3)):
+        assert state["epoch"] == epoch and len(state["history"]) == 3
+        assert state["best"] == {"epoch": 2, "val_accuracy": 0.9}
+        for name, value in weights[epoch - 1].items():
+            assert torch.equal(state["model"][name], value)
+
+
+def test_validation_is_the_smoothed_loss_and_accuracy_of_all_images():
+    model, batches, _ = linear_and_batches()
+    batches[2] = tuple(part[:3] for part in batches[2])  # an incomplete batch counts as much less
+    settings = SimpleNamespace(label_smoothing=0.2, limit_batches=None)
+    loss, accuracy = training.validate(model, batches, settings)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    log_p = model(images).log_softmax(1)
+    targets = 0.8 * torch.eye(5)[labels] + 0.2 / 5
+    assert loss == pytest.approx(-(targets * log_p).sum(1).mean().item(), rel=1e-5)
+    assert accuracy == (log_p.argmax(1) == labels).sum().item() / 19
+
+
+def test_a_group_may_have_a_rate_of_its_own(tmp_path):
+    model, batches, _ = linear_and_batches()
+    scaled = {"params": [model[1].weight], "lr_scale": 0.25}
+    optimizer = torch.optim.SGD([scaled, {"params": [model[1].bias]}], lr=9.0)
+    train_linear(tmp_path, batches, model, optimizer)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.125 / 6, 0.5 / 6])
 
 
 def linear_and_batches():
@@ -398,7 +440,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_epoch(tmp_path, fail
     real = training.lr_at
     monkeypatch.setattr(training, "lr_at", lambda step, *a: 1e30 if step > 6 else real(step, *a))
     line = fails(train_cnn.main, *FAST, *TINY_CNN, "--epochs", 3, "--out-dir", tmp_path)
-    assert "in epoch 2 (step 10) with --lr 0.005" in line and "keeps epoch 1" in line
+    assert "in epoch 2 (by step 10) with --lr 0.005" in line and "keeps epoch 1" in line
     for name in ("best.pt", "last.pt"):
         state = load_checkpoint(tmp_path / name)
         assert state["epoch"] == 1
@@ -577,12 +619,13 @@ def test_published_weights_are_no_training_to_resume(trained, tmp_path, fails):
     assert "weights only" in fails(train_cnn.main, "--resume", "--out-dir", tmp_path)
 
 
-def test_an_overwriting_run_that_fails_leaves_the_old_checkpoints(tmp_path, fails):
+def test_an_overwriting_run_that_fails_leaves_the_old_one(tmp_path, fails):
     argv = [*FAST, *TINY_CNN, "--epochs", "1", "--out-dir", str(tmp_path)]
     train_cnn.main(argv)
-    before = {name: (tmp_path / name).read_bytes() for name in ("best.pt", "last.pt")}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 4  # checkpoints and curves
     fails(train_cnn.main, *argv, "--overwrite", "--lr", "1e39")
-    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_what_is_typed_goes_before_digits_and_digits_before_the_recipe(tmp_path, monkeypatch):
