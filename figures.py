@@ -44,12 +44,12 @@ def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: lis
     A column is a dict: `header`, `maps` (B, h, w), `titles` and `colors`, one per image.
     """
     rows, cols = len(pictures), 1 + 2 * len(columns)
-    height = 2.05 * rows + 0.8  # inches
+    height = 2.05 * rows + 0.95  # inches
     figure = Figure(figsize=(1.75 * cols, height))
     note = textwrap.fill(SCALE, 23 * cols)  # two lines below a narrow figure
     figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=10)
     grid = figure.subplots(rows, cols, squeeze=False)
-    figure.subplots_adjust(0.01, 0.35 / height, 0.99, 1 - 0.85 / height, wspace=0.06, hspace=0.2)
+    figure.subplots_adjust(0.01, 0.5 / height, 0.99, 1 - 0.85 / height, wspace=0.06, hspace=0.2)
     for axes in grid.ravel():
         axes.set_axis_off()
     for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
