@@ -278,8 +278,8 @@ def _load_folder(root: Path, size: int, test_alone: bool):
         found, others = _scan(root / part)
         if not found:
             raise UserError(
-                f"--data-dir {root}: no images ({' '.join(IMG_EXTENSIONS)}) in "
-                f"{root / part}/<class>/, such as cat/1.jpg"
+                f"--data-dir {root}: no images in {root / part}/<class>/, such as cat/1.jpg; "
+                f"only {' '.join(IMG_EXTENSIONS)} are read"
             )
         empty = {folder.name for folder in _folders(root / part)} - _classes(found)
         if empty and part in ("", "train"):
