@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cli import Parser, UserError, command, run
+from cli import Parser, UserError, command, run, some
+from data import Data, load_data
 from models import build_model
 
 KEYS = {  # what a checkpoint holds
@@ -78,26 +79,27 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: damaged (checksum of {damaged}); use another copy")
     there = checkpoint if isinstance(checkpoint, dict) else {}
     for key, kind in KEYS.items():
-        if not isinstance(there.get(key, ()), kind):  # () is of none of these types
-            raise UserError(f"{path}: not a checkpoint of this project (lacks a good {key!r})")
-    for key in ("mean", "std", "classes", "dataset", "settings"):
-        if not _good(checkpoint[key], key):
+        value = there.get(key, ())  # () is of none of these types
+        if not isinstance(value, kind) or not _complete(key, value):
             raise UserError(f"{path}: not a checkpoint of this project (lacks a good {key!r})")
     if not checkpoint["history"]:
         raise UserError(f"{path}: its training has no epoch yet")
     return checkpoint
 
 
-def _good(values, key: str) -> bool:
-    """Whether there is in them what others read: `epochs`, distinct names, 3 numbers to use."""
-    needed = {"dataset": {"name", "data_dir", "image_size", "val_fraction", "sizes"}}
-    needed["settings"] = {"epochs"}
-    if key in needed:
-        return needed[key] <= values.keys()
-    if key == "classes":
-        return all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
-    numbers = all(isinstance(v, float) and math.isfinite(v) for v in values)
-    return len(values) == 3 and numbers and (key == "mean" or min(values) > 0)
+def _complete(key: str, value) -> bool:
+    """Whether there is in `value` what readers of a checkpoint's `key` rely on."""
+    match key:
+        case "mean" | "std":
+            finite = all(isinstance(v, float) and math.isfinite(v) for v in value)
+            return len(value) == 3 and finite and (key == "mean" or min(value) > 0)
+        case "classes":
+            return all(isinstance(v, str) for v in value) and len(set(value)) == len(value)
+        case "dataset":
+            return {"name", "data_dir", "image_size", "val_fraction", "sizes"} <= value.keys()
+        case "settings":
+            return "epochs" in value
+    return True
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
@@ -127,6 +129,62 @@ def load_models(paths: list[str], device: torch.device) -> dict[str, tuple[nn.Mo
     if "" in names or len(set(names)) < len(names):
         names = paths
     return {name: load_model(path, device) for name, path in zip(names, paths, strict=True)}
+
+
+def load_data_of(
+    checkpoints: dict[str, dict], name: str | None, data_dir: Path | None, split: str = "test"
+) -> Data:
+    """The data set that named checkpoints were trained on, unless `name` or `data_dir` differ.
+
+    The validation split is made if it is asked for, or if the data are the checkpoints' own.
+
+    Raises:
+        UserError: the checkpoints were trained on different data, or know other classes than it
+            has.
+    """
+    cards = {label: checkpoint["dataset"] for label, checkpoint in checkpoints.items()}
+    first = next(iter(cards.values()))
+    unknown = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
+    for key in [*unknown, "image_size"] + ["val_fraction"] * (split == "val"):
+        if any(card[key] != first[key] for card in cards.values()):
+            said = ", ".join(f"{label}: {card[key]}" for label, card in cards.items())
+            cure = "give --dataset and --data-dir" if key in unknown else "take one at a time"
+            what = key.replace("name", "data set").replace("_", " ")
+            raise UserError(f"the checkpoints differ in their {what} ({said}): {cure}")
+    root = Path(data_dir or first["data_dir"]).resolve()
+    if data_dir is None and (name or first["name"]) == "folder" and not root.is_dir():
+        raise UserError(
+            f"{next(iter(cards))} was trained on the folder {first['data_dir']}, which is not "
+            "here: say where its images are (--data-dir), or take others (--dataset)"
+        )
+    elsewhere = first["name"] == "folder" and root != Path(first["data_dir"]).resolve()
+    own = name in (None, first["name"]) and not elsewhere
+    data = load_data(
+        name or first["name"],
+        data_dir or first["data_dir"],
+        image_size=first["image_size"],
+        val_fraction=first["val_fraction"] if own or split == "val" else 0,
+        test_alone=split == "test",
+    )
+    if data.test.images.shape[-1] != first["image_size"]:
+        size = first["image_size"]
+        raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
+    # A test split taken from one folder, and a validation split, are others when files change.
+    drawn = data.name == "folder" and (split == "val" or not any(root.glob("test/*/")))
+    for label, checkpoint in checkpoints.items():
+        if own and drawn and cards[label].get("files", data.files) != data.files:
+            raise UserError(
+                f"files have come, gone or changed since {label} was trained, and its {split} "
+                "split, drawn from them, is another now: train again, or make train/ and test/"
+            )
+        known, there = set(checkpoint["classes"]), set(data.classes)
+        if known != there:
+            raise UserError(
+                f"checkpoint {label} has {len(known)} classes, the data set {len(there)}; only the "
+                f"checkpoint has {some(known - there)}; only the data set has "
+                f"{some(there - known)}: choose its own data (--dataset, --data-dir)"
+            )
+    return data
 
 
 def plain(value):

@@ -106,6 +106,12 @@ def number(kind, low, high=None, *, above: bool = False):
     return parse
 
 
+def some(names: set[str]) -> str:
+    """A few of the names, for a message."""
+    shown = sorted(names)[:4]
+    return ", ".join(map(repr, shown)) + (", ..." if len(names) > 4 else "") or "none"
+
+
 def path_type(text: str) -> Path:
     """An argparse type; what a shell makes of an unset variable is no folder."""
     if not text:

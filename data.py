@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from cli import UserError
+from cli import UserError, some
 
 TEST_FRACTION = 0.2  # of what comes without a test split
 SPLIT_SEED = 0  # never --seed: runs with several seeds share their validation and test images
@@ -133,68 +133,6 @@ def load_data(
     return Data(name, *splits, list(classes), mean, std, note, digest)
 
 
-def load_data_of(
-    checkpoints: dict[str, dict], name: str | None, data_dir: Path | None, split: str = "test"
-) -> Data:
-    """The data set that named checkpoints were trained on, unless `name` or `data_dir` differ.
-
-    The validation split is made if it is asked for, or if the data are the checkpoints' own.
-
-    Raises:
-        UserError: the checkpoints were trained on different data, or know other classes than it
-            has.
-    """
-    cards = {label: checkpoint["dataset"] for label, checkpoint in checkpoints.items()}
-    first = next(iter(cards.values()))
-    unknown = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
-    for key in [*unknown, "image_size"] + ["val_fraction"] * (split == "val"):
-        if any(card[key] != first[key] for card in cards.values()):
-            said = ", ".join(f"{label}: {card[key]}" for label, card in cards.items())
-            cure = "give --dataset and --data-dir" if key in unknown else "take one at a time"
-            what = key.replace("name", "data set").replace("_", " ")
-            raise UserError(f"the checkpoints differ in their {what} ({said}): {cure}")
-    root = Path(data_dir or first["data_dir"]).resolve()
-    if data_dir is None and (name or first["name"]) == "folder" and not root.is_dir():
-        raise UserError(
-            f"{next(iter(cards))} was trained on the folder {first['data_dir']}, which is not "
-            "here: say where its images are (--data-dir), or take others (--dataset)"
-        )
-    elsewhere = first["name"] == "folder" and root != Path(first["data_dir"]).resolve()
-    own = name in (None, first["name"]) and not elsewhere
-    data = load_data(
-        name or first["name"],
-        data_dir or first["data_dir"],
-        image_size=first["image_size"],
-        val_fraction=first["val_fraction"] if own or split == "val" else 0,
-        test_alone=split == "test",
-    )
-    if data.test.images.shape[-1] != first["image_size"]:
-        size = first["image_size"]
-        raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
-    # A test split taken from one folder, and a validation split, are others when files change.
-    drawn = data.name == "folder" and (split == "val" or not any(root.glob("test/*/")))
-    for label, checkpoint in checkpoints.items():
-        if own and drawn and cards[label].get("files", data.files) != data.files:
-            raise UserError(
-                f"files have come, gone or changed since {label} was trained, and its {split} "
-                "split, drawn from them, is another now: train again, or make train/ and test/"
-            )
-        known, there = set(checkpoint["classes"]), set(data.classes)
-        if known != there:
-            raise UserError(
-                f"checkpoint {label} has {len(known)} classes, the data set {len(there)}; only the "
-                f"checkpoint has {_some(known - there)}; only the data set has "
-                f"{_some(there - known)}: choose its own data (--dataset, --data-dir)"
-            )
-    return data
-
-
-def _some(names: set[str]) -> str:
-    """A few of the names, for a message."""
-    shown = sorted(names)[:4]
-    return ", ".join(map(repr, shown)) + (", ..." if len(names) > 4 else "") or "none"
-
-
 def _split(labels, indices, fraction, what, cure) -> tuple[torch.Tensor, torch.Tensor]:
     """Split `indices` in two, stratified by label; the second part gets `fraction` of them."""
     try:
@@ -278,14 +216,7 @@ def _load_folder(root: Path, size: int, test_alone: bool):
         found, others = _scan(root / part)
         if not found:
             raise UserError(
-                f"--data-dir {root}: no images in {root / part}/<class>/, such as cat/1.jpg; "
-                f"only {' '.join(IMG_EXTENSIONS)} are read"
-            )
-        empty = {folder.name for folder in _folders(root / part)} - _classes(found)
-        if empty and part in ("", "train"):
-            raise UserError(
-                f"--data-dir {root}: no images in {root / part / min(empty)}: add some "
-                f"({' '.join(IMG_EXTENSIONS)}), or remove the folder"
+                f"--data-dir {root}: no images in {root / part}/<class>/, such as cat/1.jpg"
             )
         parts[part] = torch.arange(len(files), len(files) + len(found))
         files, skipped = files + found, skipped + others
@@ -296,7 +227,7 @@ def _load_folder(root: Path, size: int, test_alone: bool):
         raise UserError(f"--data-dir {root}: there is one class, {classes[0]!r}; two are needed")
     notes = [f"skipped {skipped} that are not {' '.join(IMG_EXTENSIONS)}"] if skipped else []
     if there and len(folders) > len(there):
-        notes.append(f"not used: {_some(set(folders) - set(there))}")
+        notes.append(f"not used: {some(set(folders) - set(there))}")
     for part in there[1:]:
         strange = sorted({names[row] for row in parts[part]} - set(classes))
         if strange:
@@ -306,7 +237,7 @@ def _load_folder(root: Path, size: int, test_alone: bool):
             )
         missing = set(classes) - {names[row] for row in parts[part]}
         if missing and part == "test":
-            notes.append(f"no test images of {_some(missing)}")
+            notes.append(f"no test images of {some(missing)}")
     labels = torch.tensor([classes.index(name) for name in names])
     if not there:
         train, test = _split(
@@ -335,10 +266,6 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def _classes(found: list[tuple[str, str]]) -> set[str]:
-    return {Path(path).parent.name for path, _ in found}
-
-
 def _scan(folder: Path):
     """All images in `folder/<class>/`, as (path, stamp), by class and name; and the others' count.
 
@@ -348,6 +275,7 @@ def _scan(folder: Path):
     for directory in _folders(folder):
         if not directory.name.isprintable():
             raise UserError(f"{folder}: the folder {directory.name!r} cannot be printed; rename it")
+        before = len(found)
         with os.scandir(directory) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 hidden = entry.name.startswith(".")  # such as the ._x.jpg of macOS
@@ -356,6 +284,11 @@ def _scan(folder: Path):
                     found.append((entry.path, f"{stat.st_size} {stat.st_mtime_ns}"))
                 else:
                     skipped += 1
+        if len(found) == before:
+            raise UserError(
+                f"{directory}: no images ({' '.join(IMG_EXTENSIONS)}): add some, or "
+                "remove the folder"
+            )
     return found, skipped
 
 

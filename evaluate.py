@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from batches import Batches, evaluation_batch_size
-from checkpoint import load_models
+from checkpoint import load_data_of, load_models
 from cli import (
     Parser,
     add_data_flags,
@@ -42,7 +42,7 @@ from cli import (
     path_type,
     run,
 )
-from data import Data, Split, load_data_of
+from data import Data, Split
 from figures import short
 from models import count_parameters
 

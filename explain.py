@@ -9,7 +9,7 @@ Prints each prediction; writes figures into --out-dir:
     <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay
     <vit>_attention-layers-<...>.png    the class token's attention in each layer, mean of heads
     <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
-    <file>_<checkpoint>_<method>_<target>.png    with --images: the overlay on the photograph,
+    <file>_<checkpoint>_<method>[_<target>].png   with --images: the overlay on the photograph,
                                     of which the networks see the middle square
 """
 
@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from batches import normalise
-from checkpoint import load_models
+from checkpoint import load_data_of, load_models
 from cli import (
     Parser,
     UserError,
@@ -37,7 +37,7 @@ from cli import (
     path_type,
     run,
 )
-from data import load_data_of, read_image
+from data import read_image
 from figures import overlay, plot_attention_heads, plot_attention_layers, plot_explanations, short
 from models import ViT
 
@@ -230,9 +230,8 @@ def add_flags(parser: Parser) -> None:
     group.add_argument("--show", choices=("any", "correct", "wrong"),
                        help="correct: all checkpoints are right; wrong: at least one is not "
                        "(default: any)")  # fmt: skip
-    group.add_argument(
-        "--count", type=number(int, 1), metavar="N", help="how many test images (default: 8)"
-    )
+    group.add_argument("--count", type=number(int, 1), metavar="N",
+                       help="how many test images (default: 8)")  # fmt: skip
     group = parser.add_argument_group("explanations")
     group.add_argument("--target", nargs="+", metavar="CLASS",
                        help="what Grad-CAM explains, a map each: predicted, true, or a class's "
@@ -271,10 +270,8 @@ def main(argv=None):
     if not any(methods.values()):
         parser.error(f"--method {' '.join(args.method)}: a CNN has no attention; use grad-cam")
 
-    classes, targets = (
-        next(iter(checkpoints.values()))["classes"],
-        list(dict.fromkeys(args.target or ["predicted"])),
-    )
+    classes = next(iter(checkpoints.values()))["classes"]
+    targets = list(dict.fromkeys(args.target or ["predicted"]))
     for target in targets:
         if target == "true" and args.images:
             parser.error("--target true: --images have no labels; use predicted or a class's name")

@@ -47,9 +47,7 @@ def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
         help="highest learning rate of Muon (hidden matrices and filters)")  # fmt: skip
     add("--warmup", type=number(float, 0, 0.9), metavar="X",
         help="share of the steps, 0 to 0.9, while the rate rises; then it falls")  # fmt: skip
-    add(
-        "--weight-decay", type=number(float, 0), metavar="X", help="not applied to biases and norms"
-    )
+    add("--weight-decay", type=number(float, 0), metavar="X", help="not applied to biases, norms")
     add("--label-smoothing", type=number(float, 0, 0.9), metavar="X",
         help="share of the target that is spread over all classes; 0: off")  # fmt: skip
     add("--clip", type=number(float, 0), metavar="X", help="clip the gradient norm to X; 0: never")
@@ -57,12 +55,7 @@ def recipe_parser(manual: str, best: dict, digits: dict) -> Parser:
         help="decay of the moving average (EMA) of the weights; 0: no average")  # fmt: skip
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random")
     add("--shift", type=number(int, 0, 31), metavar="N", help="move images by up to N pixels")
-    add(
-        "--erase",
-        type=number(int, 0, 32),
-        metavar="N",
-        help="blank a square of N×N pixels; 0: none",
-    )
+    add("--erase", type=number(int, 0, 32), metavar="N", help="blank an N×N square; 0: none")
     add("--auto-augment", action=argparse.BooleanOptionalAction,
         help="TrivialAugmentWide, a random operation for each sixteenth of a batch")  # fmt: skip
     add("--mix", type=number(float, 0, 1), metavar="X",

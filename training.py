@@ -64,13 +64,16 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
         first_epoch, step = resumed["epoch"] + 1, resumed["step"]
         best, history = resumed["best"], resumed["history"]
 
-    old_curves = []
+    old_curves = []  # those of a run that --overwrite replaces stay until a new epoch is saved
     if settings.overwrite and not resumed:
-        old_curves = [file for part in ("train", "val") for file in out_dir.glob(f"{part}/events*")]
+        old_curves = [
+            p for d in ("train", "val") for p in out_dir.glob(f"{d}/events.out.tfevents.*")
+        ]
     # Two writers with the same tags: TensorBoard draws training and validation in one chart.
     # purge_step hides what an interrupted run logged after its last checkpoint.
-    log_train = SummaryWriter(out_dir / "train", purge_step=step + 1)
-    log_val = SummaryWriter(out_dir / "val", purge_step=step + 1)
+    purge_step = None if old_curves else step + 1
+    log_train = SummaryWriter(out_dir / "train", purge_step=purge_step)
+    log_val = SummaryWriter(out_dir / "val", purge_step=purge_step)
     log_train.add_text("settings", markdown_table(vars(settings)), step)
     seconds = history[-1]["seconds"] if history else 0.0
     print(TABLE_HEAD, flush=True)
@@ -169,7 +172,7 @@ def train(model, optimizer, train_batches, val_batches, *, settings, card, resum
             chosen = load_checkpoint(out_dir / "best.pt") | {"history": history}
         save_checkpoint(out_dir / "best.pt", chosen)
         save_checkpoint(out_dir / "last.pt", state)
-        while old_curves:  # of the run that is now replaced
+        while old_curves:
             old_curves.pop().unlink()
 
     log_train.close()

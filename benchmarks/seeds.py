@@ -18,9 +18,8 @@ from common import DEVICE, RESULTS, SCRIPTS, append
 from sklearn.metrics import accuracy_score
 
 from batches import Batches
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_data_of, load_model
 from cli import Parser, UserError, command
-from data import load_data_of
 from evaluate import predict
 
 

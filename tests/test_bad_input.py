@@ -55,14 +55,14 @@ FOLDERS = {
     "test/ only": (lambda root: folder_of(root, "test/a", "test/b"), "no folder train/<class>/"),
     "a class without images": (
         lambda root: (folder_of(root, "cat", "dog", count=10), (root / "emu").mkdir()),
-        "emu: add some",
+        "emu: no images",
     ),
     "the same in train/": (
         lambda root: (
             folder_of(root, "train/a", "train/b", "test/a"),
             (root / "train/c").mkdir(),
         ),
-        "train/c: add some",
+        "train/c: no images",
     ),
     "one class": (lambda root: folder_of(root, "cat"), "one class, 'cat'; two are needed"),
     "one image of a class": (

@@ -9,7 +9,6 @@ import checkpoint
 import evaluate
 import explain
 from cli import UserError
-from data import load_data_of
 from models import count_parameters
 
 
@@ -163,8 +162,8 @@ def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
     checkpoint.save_checkpoint(other, state)
     cards = {"a": checkpoint.load_checkpoint(trained["cnn"]), "b": state}
     with pytest.raises(UserError, match="differ in their data set"):
-        load_data_of(cards, None, None)
+        checkpoint.load_data_of(cards, None, None)
     with pytest.raises(
         UserError, match=r"10 classes, the data set 2; .* only the data set has 'bright', 'dark'"
     ):
-        load_data_of(cards, "folder", photos)
+        checkpoint.load_data_of(cards, "folder", photos)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_CNN, TINY_VIT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
 import cli
@@ -357,8 +358,6 @@ def test_muon_gets_unscaled_gradients_and_skips_infinite_ones():
 
 
 def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     argv = [*FAST, *TINY_CNN, "--epochs", "3", "--out-dir", str(tmp_path)]
     real, calls = training.save_checkpoint, []
 
@@ -465,13 +464,14 @@ def test_finished_run_says_so(trained, capsys):
 
 def test_overwrite_removes_a_runs_own_files_only(tmp_path):
     (tmp_path / "train").mkdir()
-    for name in ("notes.txt", "train/cat.png"):
+    mine = ("notes.txt", "train/cat.png", "train/events.txt")
+    for name in mine:
         (tmp_path / name).write_text("mine")
     argv = [*FAST, *TINY_CNN, "--epochs", "1", "--out-dir", str(tmp_path)]
     train_cnn.main(argv)
     train_cnn.main([*argv, "--overwrite"])
-    assert (tmp_path / "notes.txt").exists() and (tmp_path / "train" / "cat.png").exists()
-    assert len(list(tmp_path.glob("train/events*"))) == 1
+    assert all((tmp_path / name).exists() for name in mine)
+    assert len(list(tmp_path.glob("train/events.out.*"))) == 1
 
 
 def test_rows_are_as_wide_as_their_head():
@@ -626,6 +626,8 @@ def test_an_overwriting_run_that_fails_leaves_the_old_one(tmp_path, fails):
     assert len(before) == 4  # checkpoints and curves
     fails(train_cnn.main, *argv, "--overwrite", "--lr", "1e39")
     assert before == {path: path.read_bytes() for path in before}
+    for part in ("train", "val"):
+        assert EventAccumulator(str(tmp_path / part)).Reload().Scalars("loss")  # not hidden
 
 
 def test_what_is_typed_goes_before_digits_and_digits_before_the_recipe(tmp_path, monkeypatch):
