@@ -1,14 +1,15 @@
-"""Batches drawn from a split, and what is done to them, all on the device they are used on.
+"""Batches on the device: normalisation, augmentation, distillation, a network's answers.
 
-    B batch   H, W image height and width   C classes
+    B batch   H, W image height and width   C classes   N images
 
-Each image is flipped, shifted and blanked by its own random amount; automatic augmentation and
-mixing are torchvision's, one draw for a group of images or for a batch.
+Each image is flipped, shifted and erased by its own random amount. Automatic augmentation and
+mixing are torchvision's, with one draw for a group of images or for a batch.
 """
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from data import Split
 
@@ -16,13 +17,28 @@ from data import Split
 class Batches:
     """An iterable of `(images, labels)`, one epoch each time it is iterated, like a DataLoader.
 
-    Images come normalised, float32 (B, 3, H, W); labels int64 (B,); both on `device`.
-    With `train=True` the order is shuffled, an incomplete last batch is left out, and each image
-    is flipped, shifted by up to `shift` pixels, and loses a square of `erase` pixels; if asked,
-    an automatic augmentation comes before that, and a share `mix` of the batches is mixed, with
-    labels then float32 (B, C), each image's shares of the classes. One number drawn from
-    PyTorch's global generator when an epoch begins decides all of that: the loop seeds it with
-    (seed, epoch), and batch number `step` then depends on (seed, epoch, step) only.
+    Images are normalised, float32 (B, 3, H, W). Labels are int64 (B,). Both are on `device`.
+
+    With `train=False` all images come in their order, unchanged. With `train=True` the order is
+    shuffled, an incomplete last batch is dropped, and images are augmented: flip and shift, then
+    automatic augmentation, then an erased square. A fraction `mix` of the batches is mixed, and
+    their labels are float32 (B, C), the weight of each class.
+
+    The loop seeds PyTorch's generator with (seed, epoch). One number drawn from it at the start of
+    an epoch decides the rest, so a batch depends on (seed, epoch, step) alone.
+
+    Args:
+        split: the images and labels.
+        batch_size: images per batch.
+        mean: three numbers, for images in [0, 1].
+        std: three numbers; images are normalised as (image - mean) / std.
+        device: where batches are made.
+        train: shuffle and augment.
+        flip: mirror half of the images.
+        shift: largest move of an image, in pixels.
+        erase: side of the erased square, in pixels; 0: none.
+        auto_augment: apply `trivial_augment`.
+        mix: fraction of the batches that `cutmix_or_mixup` mixes.
     """
 
     def __init__(
@@ -44,8 +60,7 @@ class Batches:
         self.split, self.batch_size, self.train = split.to(self.device), batch_size, train
         self.flip, self.shift, self.erase = flip, shift, erase
         self.auto_augment, self.mix, self.classes = auto_augment, mix, int(split.labels.max()) + 1
-        self.mean = 255 * torch.tensor(mean, device=self.device).view(3, 1, 1)
-        self.std = 255 * torch.tensor(std, device=self.device).view(3, 1, 1)
+        self.normalise = Normaliser(mean, std, self.device)
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.batch_size)
@@ -55,7 +70,7 @@ class Batches:
         if not self.train:
             for part in torch.arange(len(self.split)).split(self.batch_size):
                 images, labels = self._on_device(part)
-                yield normalise(images, self.mean, self.std), labels
+                yield self.normalise(images), labels
             return
         seed = torch.randint(2**62, ()).item()
         order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
@@ -64,11 +79,11 @@ class Batches:
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             images, labels = self._on_device(rows)
             images = flip_and_shift(images, draws, flip=self.flip, shift=self.shift)
-            with torch.random.fork_rng(devices=[]):  # torchvision's draw from the global generator
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
                 torch.default_generator.manual_seed(seed + 1 + len(self) + step)
                 if self.auto_augment:
                     images = trivial_augment(images)
-                images = erase_square(normalise(images, self.mean, self.std), draws, self.erase)
+                images = erase_square(self.normalise(images), draws, self.erase)
                 if torch.rand(()) < self.mix:
                     images, labels = cutmix_or_mixup(images, labels, self.classes)
             yield images, labels
@@ -78,21 +93,27 @@ class Batches:
         return images.to(self.device), labels.to(self.device)
 
 
-def evaluation_batch_size(split: Split) -> int:
-    """500 images of 32×32, or as many pixels of others: what fits into memory without gradients."""
-    return max(1, 500 * 32 * 32 // split.images[0, 0].numel())
+class Normaliser:
+    """Images uint8 (B, 3, H, W) -> float32 on the device, (images / 255 - mean) / std."""
+
+    def __init__(self, mean, std, device: torch.device | str = "cpu"):
+        self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.to(self.mean.device).float() - self.mean) / self.std
 
 
-class Taught:
-    """Training batches whose labels are half the truth, half what a teacher says of the images.
+class DistillationBatches:
+    """Training batches whose labels are half the true class and half a teacher's probabilities.
 
-    The loss is then the mean of the two cross-entropies: distillation without a token of its own
-    (Touvron et al. 2021, arXiv 2012.12877, eq. 2 with temperature 1, but for a constant).
-    Label smoothing, where it is on, smooths both.
+    The loss is then the mean of the two cross-entropies: distillation without a separate token
+    (Touvron et al. 2021, arXiv 2012.12877, eq. 2 at temperature 1, up to a constant). Label
+    smoothing, if on, applies to both.
 
     Args:
-        batches: an iterable of `(images, labels)`.
-        teacher: a model in eval mode, on the images' device, for images normalised as these are.
+        batches: an iterable of `(images, labels)` with a length.
+        teacher: a model in eval mode, on the images' device, for the same normalisation.
     """
 
     def __init__(self, batches, teacher):
@@ -104,15 +125,33 @@ class Taught:
     def __iter__(self):
         for images, labels in self.batches:
             with torch.no_grad():
-                said = self.teacher(images).softmax(1)  # (B, C)
+                probabilities = self.teacher(images).softmax(1)  # (B, C)
             if labels.ndim == 1:
-                labels = F.one_hot(labels, said.shape[1])
-            yield images, (labels + said) / 2
+                labels = F.one_hot(labels, probabilities.shape[1])
+            yield images, (labels + probabilities) / 2
 
 
-def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std as float32; mean and std on the scale of 0 to 255, (3, 1, 1)."""
-    return (images.float() - mean) / std
+def batch_size_without_training(image_size: int, *, explain: bool = False) -> int:
+    """How many images go through a network at once when nothing is trained.
+
+    500 images of 32×32, or as many pixels of other sizes. `explain` keeps attention and graph,
+    whose memory grows with the square of the number of patches: 250 images, or fewer.
+    """
+    ratio = (32 / image_size) ** 2
+    return max(1, int(250 * ratio**2 if explain else 500 * ratio))
+
+
+@torch.inference_mode()
+def predict(model, batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits float32 (N, C) and labels (N,) of all batches, on the CPU; one forward per image."""
+    logits, labels = [], []
+    for x, y in tqdm(batches, "predicting", leave=False, disable=None):
+        logits.append(model(x).float().cpu())
+        labels.append(y.cpu())
+    return torch.cat(logits), torch.cat(labels)
+
+
+# ---------------------------------------------------------------- augmentation
 
 
 def flip_and_shift(
@@ -121,7 +160,7 @@ def flip_and_shift(
     """Mirror each image with probability 1/2 and move it by up to `shift` pixels each way.
 
     One gather for the whole batch: pixel (y, x) of the result is pixel (rows[y], columns[x]) of
-    the image; what is moved in from outside is the image's own mirror image at the border.
+    the image. Pixels from outside are reflected at the border.
     images (B, 3, H, W) -> (B, 3, H, W), laid out in memory as channels-last.
     """
     B, _, H, W = images.shape
@@ -143,9 +182,9 @@ def flip_and_shift(
 
 
 def erase_square(images: torch.Tensor, generator: torch.Generator, size: int) -> torch.Tensor:
-    """Set a square of `size` pixels to 0, the mean colour, anywhere in each normalised image.
+    """Set a random square of side `size` to 0, the mean colour, in each normalised image.
 
-    Cutout (DeVries and Taylor 2017, arXiv 1708.04552), but wholly inside the image.
+    Cutout (DeVries and Taylor 2017, arXiv 1708.04552), but inside the image.
     """
     if not size:
         return images
@@ -165,9 +204,9 @@ def erase_square(images: torch.Tensor, generator: torch.Generator, size: int) ->
 def trivial_augment(images: torch.Tensor, groups: int = 16) -> torch.Tensor:
     """One random operation of random strength for each of `groups` parts of the batch.
 
-    TrivialAugmentWide (Müller and Hutter 2021, arXiv 2103.10158): shear, move, turn, brightness,
-    colour, contrast, sharpness, posterise, solarise, autocontrast, equalise. The batch is shuffled,
-    so a part is nothing but some of its images. uint8 (B, 3, H, W) -> the same.
+    TrivialAugmentWide (Müller and Hutter 2021, arXiv 2103.10158): shear, translate, rotate,
+    brightness, colour, contrast, sharpness, posterise, solarise, autocontrast, equalise.
+    uint8 (B, 3, H, W) -> the same.
     """
     augment = v2.TrivialAugmentWide()
     parts = images.split(-(-len(images) // groups))
@@ -175,11 +214,11 @@ def trivial_augment(images: torch.Tensor, groups: int = 16) -> torch.Tensor:
 
 
 def cutmix_or_mixup(images: torch.Tensor, labels: torch.Tensor, classes: int):
-    """Mix every image with its neighbour in the batch by CutMix or MixUp, one or the other.
+    """Mix every image with its neighbour in the batch, by CutMix or MixUp with equal probability.
 
-    CutMix (Yun et al. 2019, arXiv 1905.04899) pastes a rectangle, MixUp (Zhang et al. 2018,
-    arXiv 1710.09412) blends, both with a share drawn evenly from 0 to 1.
-    images (B, 3, H, W) -> the same; labels (B,) -> (B, C), each image's shares of the classes.
+    CutMix (Yun et al. 2019, arXiv 1905.04899) pastes a rectangle. MixUp (Zhang et al. 2018,
+    arXiv 1710.09412) blends. The weight is drawn uniformly from 0 to 1.
+    images (B, 3, H, W) -> the same; labels (B,) -> (B, C), the weight of each class.
     """
     mixer = v2.CutMix if torch.rand(()) < 0.5 else v2.MixUp
     return mixer(num_classes=classes)(images, labels)

@@ -1,7 +1,7 @@
-"""Save, load and publish checkpoints, dicts of plain types and tensors that run no code.
+"""Save, load, check and publish checkpoints: dicts of plain types and tensors that run no code.
 
-`last.pt` holds everything that a training needs to go on; `best.pt` the weights that scored best
-on validation. To strip a checkpoint to its weights in half precision, small enough to publish:
+`last.pt` holds everything that is needed to resume a training. `best.pt` holds the weights that
+scored best on validation. To publish a checkpoint (weights alone, in half precision):
 
     python checkpoint.py runs/cifar10-cnn/best.pt pretrained/cnn.pt
 """
@@ -14,27 +14,142 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import nn
 
-from cli import Parser, UserError, command, run, some
-from data import Data, load_data
+from cli import Parser, UserError, command, run, warn
 from models import build_model
 
-KEYS = {  # what a checkpoint holds
-    "model_name": str, "model_config": dict, "model": dict, "ema": dict | None,
-    "optimizer": dict | list | None, "scaler": dict | None, "epoch": int, "step": int,
-    "best": dict, "history": list, "settings": dict, "classes": list, "mean": list, "std": list,
-    "dataset": dict, "versions": dict,
+METADATA = {  # known before training starts
+    "model_name": str, "model_config": dict, "classes": list, "mean": list, "std": list,
+    "dataset": dict, "settings": dict, "versions": dict,
 }  # fmt: skip
+KEYS = METADATA | {
+    "model": dict, "ema": dict | None, "optimizer": dict | list | None, "scaler": dict | None,
+    "epoch": int, "step": int, "best": dict, "history": list,
+}  # fmt: skip
+OPTIONAL = {"self_test"}  # checkpoints before November 2026 have none
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def make_metadata(
+    model_name: str, model_config: dict, *, classes, mean, std, dataset=None, settings=None
+) -> dict:
+    """The part of a checkpoint that is known before training starts, in plain types.
+
+    Args:
+        model_name: the network's name in `models.MODELS`.
+        model_config: its constructor arguments, `classes` (how many) among them.
+        classes: their names, in the order of the logits.
+        mean: three numbers, for images in [0, 1].
+        std: three numbers; images are normalised as (image - mean) / std.
+        dataset: which images, and how they were split: see `prepare.py`.
+        settings: all flags of the run, for the record and for resuming.
+    """
+    nowhere = {"name": "", "data_dir": "", "image_size": 32, "val_fraction": 0.0, "sizes": []}
+    return _plain_types({
+        "model_name": model_name, "model_config": model_config,
+        "classes": classes, "mean": mean, "std": std,
+        "dataset": nowhere | (dataset or {}), "settings": settings or {},
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+    })  # fmt: skip
+
+
+def _plain_types(value):
+    """`value` with paths and versions as strings, and tuples as lists."""
+    if isinstance(value, dict):
+        return {key: _plain_types(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_types(item) for item in value]
+    return str(value) if isinstance(value, Path | str) else value  # TorchVersion is a str
+
+
+def check_metadata(metadata: dict, network: nn.Module) -> None:
+    """Check before training that its checkpoints will load.
+
+    Raises:
+        UserError: a key is missing or wrong, or the metadata do not rebuild `network`.
+    """
+    for key, kind in METADATA.items():
+        if not isinstance(metadata.get(key), kind):
+            raise UserError(f"the metadata have no {key!r}: make them with make_metadata")
+    try:
+        rebuilt = build_network(metadata)
+        shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (rebuilt, network)]
+        if shapes[0] != shapes[1]:
+            different = {k for k, _ in shapes[0].items() ^ shapes[1].items()}
+            raise ValueError(f"other parameters: {', '.join(sorted(different)[:3])}")
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"model {metadata['model_name']!r} with its model_config is not the network to train "
+            f"({error}): change models.py, so that the checkpoint can be loaded"
+        ) from None
+
+
+def build_network(metadata: dict) -> nn.Module:
+    """The network that a checkpoint describes, with new weights; no random state is changed.
+
+    Raises:
+        ValueError, TypeError: an unknown name, or wrong arguments.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return build_model(metadata["model_name"], metadata["model_config"])
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile's
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+# ---------------------------------------------------------------- a checkpoint's own test
+
+
+def formula_image(size: int) -> torch.Tensor:
+    """A normalised image (1, 3, size, size) of waves, the same on every machine."""
+    c, y, x = torch.meshgrid(*map(torch.arange, (3, size, size)), indexing="ij")
+    return torch.sin(0.9 * y + 1.7 * c).add(torch.cos(0.4 * x - 0.8 * c))[None]
+
+
+@torch.no_grad()
+def self_test(network: nn.Module, metadata: dict) -> list[float]:
+    """The logits of `formula_image`, in float32 on the CPU; network in eval mode there."""
+    return network(formula_image(metadata["dataset"]["image_size"]))[0].tolist()
+
+
+def compare_self_test(network: nn.Module, checkpoint: dict, path: str | Path) -> None:
+    """Warn if `network`, with the checkpoint's weights, computes other logits than when saved."""
+    if "self_test" not in checkpoint:
+        return
+    saved = torch.tensor(checkpoint["self_test"])
+    difference = (
+        torch.tensor(self_test(network, checkpoint)) - saved
+    ).abs().max() / saved.abs().max()
+    if not difference <= 0.01:
+        warn(
+            f"{path}: its network computes other logits than when it was saved (by "
+            f"{difference:.0%} of the largest): models.py has changed since; use the version that "
+            "it was trained with, or train again"
+        )
+
+
+# ---------------------------------------------------------------- save
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
-    """Write the checkpoint so that `path` is at every moment the old file or the new one, whole.
+    """Write the checkpoint. At every moment `path` is the whole old file or the whole new one.
 
     Raises:
         OSError: the file cannot be written; an old file is left as it was.
     """
-    assert checkpoint.keys() == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
+    assert checkpoint.keys() - OPTIONAL == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
     buffer = io.BytesIO()  # serialised in memory: an error in it touches no file
     torch.save(checkpoint, buffer)
     path = Path(path)
@@ -49,25 +164,80 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
         partial.unlink(missing_ok=True)
 
 
+def weights_only(checkpoint: dict, dtype: torch.dtype | None = None) -> dict:
+    """The checkpoint without what resuming needs: averaged weights if any, and their self-test.
+
+    `dtype`: convert floating-point weights to it.
+    """
+    weights = checkpoint["ema"] or checkpoint["model"]
+    if dtype is not None:
+        weights = {k: w.to(dtype) if w.is_floating_point() else w for k, w in weights.items()}
+    network = build_network(checkpoint).eval()
+    network.load_state_dict(weights)
+    changes = {"model": weights, "ema": None, "optimizer": None, "scaler": None}
+    return checkpoint | changes | {"self_test": self_test(network, checkpoint)}
+
+
+def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
+    """Write last.pt, and best.pt with the weights of the best epoch and the whole history."""
+    out_dir, published = Path(out_dir), weights_only(checkpoint)
+    best = published
+    if checkpoint["best"]["epoch"] < checkpoint["epoch"]:
+        best = load_checkpoint(out_dir / "best.pt") | {"history": checkpoint["history"]}
+    save_checkpoint(out_dir / "best.pt", best)
+    save_checkpoint(out_dir / "last.pt", checkpoint | {"self_test": published["self_test"]})
+
+
+def check_finite(network: nn.Module, row: dict, settings) -> None:
+    """Refuse to save an epoch whose loss or weights are no longer finite.
+
+    Raises:
+        UserError: they are not; the checkpoints of the epoch before are kept.
+    """
+    losses = [row["train_loss"], row["val_loss"] or 0.0]
+    if all(map(math.isfinite, losses)) and all(p.isfinite().all() for p in network.parameters()):
+        return
+    epoch = row["epoch"]
+    kept = f"; {settings.out_dir} keeps epoch {epoch - 1}, the last good one" if epoch > 1 else ""
+    raise UserError(
+        f"the loss or the weights are no longer finite in epoch {epoch} (by step {row['step']}) "
+        f"with --lr {settings.lr:g}: start again with lower --lr, --muon-lr or --weight-decay{kept}"
+    )
+
+
+# ---------------------------------------------------------------- load
+
+
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU; nothing in the file is run (`weights_only=True`).
+    """Read a checkpoint onto the CPU. Nothing in the file is run (`weights_only=True`).
 
     Raises:
         UserError: no such file, or damaged, or not a checkpoint of this project.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a checkpoint in it, such as best.pt")
     if not path.is_file():
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give a checkpoint in it, such as best.pt")
         raise UserError(f"{path}: no such checkpoint; train_cnn.py and train_vit.py write them")
+    checkpoint = _read(path)
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    for key, kind in KEYS.items():
+        value = entries.get(key, ())  # () is of none of these types
+        if not isinstance(value, kind) or not _is_valid(key, value):
+            raise UserError(f"{path}: not a checkpoint of this project ({key!r} missing or wrong)")
+    if not checkpoint["history"]:
+        raise UserError(f"{path}: its training has not finished an epoch")
+    return checkpoint
+
+
+def _read(path: Path):
     contents = io.BytesIO(path.read_bytes())
     try:
         with zipfile.ZipFile(contents) as archive:  # torch.load checks no checksums
             damaged = archive.testzip()
         contents.seek(0)
-        checkpoint = (
-            None if damaged else torch.load(contents, map_location="cpu", weights_only=True)
-        )
+        if not damaged:
+            return torch.load(contents, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: not loaded: it holds Python objects, which could run code"
@@ -75,20 +245,11 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # zipfile, zlib, pickle and torch raise many kinds
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: incomplete, or not a checkpoint ({line})") from None
-    if damaged:
-        raise UserError(f"{path}: damaged (checksum of {damaged}); use another copy")
-    there = checkpoint if isinstance(checkpoint, dict) else {}
-    for key, kind in KEYS.items():
-        value = there.get(key, ())  # () is of none of these types
-        if not isinstance(value, kind) or not _complete(key, value):
-            raise UserError(f"{path}: not a checkpoint of this project (lacks a good {key!r})")
-    if not checkpoint["history"]:
-        raise UserError(f"{path}: its training has no epoch yet")
-    return checkpoint
+    raise UserError(f"{path}: damaged (checksum of {damaged}); use another copy")
 
 
-def _complete(key: str, value) -> bool:
-    """Whether there is in `value` what readers of a checkpoint's `key` rely on."""
+def _is_valid(key: str, value) -> bool:
+    """Whether `value` holds what readers of a checkpoint's `key` rely on."""
     match key:
         case "mean" | "std":
             finite = all(isinstance(v, float) and math.isfinite(v) for v in value)
@@ -103,97 +264,68 @@ def _complete(key: str, value) -> bool:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
-    """Rebuild the model of a checkpoint, in eval mode: averaged weights where there are any.
+    """Rebuild the network of a checkpoint, in eval mode: averaged weights if there are any.
+
+    Warns on stderr if the network computes other logits than when it was saved.
 
     Raises:
-        UserError: as `load_checkpoint`, or the weights do not fit the model that it describes.
+        UserError: as `load_checkpoint`, or the weights do not fit the network.
     """
     checkpoint = load_checkpoint(path)
     try:
         if checkpoint["model_config"].get("classes") != len(checkpoint["classes"]):
             raise ValueError(f"it names {len(checkpoint['classes'])} classes")
-        model = build_model(checkpoint["model_name"], checkpoint["model_config"])
+        model = build_network(checkpoint)
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])  # half becomes float32
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        line = " ".join(str(error).split()).split("state_dict for ")[-1][:200]
+        line = _one_line(error).split("state_dict for ")[-1]
         raise UserError(f"{path}: its weights do not fit its model ({line})") from None
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
-        raise UserError(f"{path}: some of its weights are no finite numbers; use another copy")
-    return model.to(device).eval(), checkpoint
+        raise UserError(f"{path}: some of its weights are not finite; use another copy")
+    compare_self_test(model.eval(), checkpoint, path)
+    return model.to(device), checkpoint
 
 
-def load_models(paths: list[str], device: torch.device) -> dict[str, tuple[nn.Module, dict]]:
-    """`load_model` for each path, by a short name: the run's folder, or the file's own name."""
-    files = [Path(path) for path in paths]
-    names = [file.parent.name if file.stem in ("best", "last") else file.stem for file in files]
-    if "" in names or len(set(names)) < len(names):
-        names = paths
-    return {name: load_model(path, device) for name, path in zip(names, paths, strict=True)}
+def training_state(network, optimizer, scaler, ema) -> dict:
+    """What `restore` loads again."""
+    return {
+        "model": network.state_dict(),
+        "ema": None if ema is None else ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
 
 
-def load_data_of(
-    checkpoints: dict[str, dict], name: str | None, data_dir: Path | None, split: str = "test"
-) -> Data:
-    """The data set that named checkpoints were trained on, unless `name` or `data_dir` differ.
-
-    The validation split is made if it is asked for, or if the data are the checkpoints' own.
+def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple[int, dict, list]:
+    """Load the training state of out_dir/last.pt; return its step, best epoch and history.
 
     Raises:
-        UserError: the checkpoints were trained on different data, or know other classes than it
-            has.
+        UserError: it does not fit, as after a change of models.py or of the optimizer.
     """
-    cards = {label: checkpoint["dataset"] for label, checkpoint in checkpoints.items()}
-    first = next(iter(cards.values()))
-    unknown = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
-    for key in [*unknown, "image_size"] + ["val_fraction"] * (split == "val"):
-        if any(card[key] != first[key] for card in cards.values()):
-            said = ", ".join(f"{label}: {card[key]}" for label, card in cards.items())
-            cure = "give --dataset and --data-dir" if key in unknown else "take one at a time"
-            what = key.replace("name", "data set").replace("_", " ")
-            raise UserError(f"the checkpoints differ in their {what} ({said}): {cure}")
-    root = Path(data_dir or first["data_dir"]).resolve()
-    if data_dir is None and (name or first["name"]) == "folder" and not root.is_dir():
-        raise UserError(
-            f"{next(iter(cards))} was trained on the folder {first['data_dir']}, which is not "
-            "here: say where its images are (--data-dir), or take others (--dataset)"
-        )
-    elsewhere = first["name"] == "folder" and root != Path(first["data_dir"]).resolve()
-    own = name in (None, first["name"]) and not elsewhere
-    data = load_data(
-        name or first["name"],
-        data_dir or first["data_dir"],
-        image_size=first["image_size"],
-        val_fraction=first["val_fraction"] if own or split == "val" else 0,
-        test_alone=split == "test",
-    )
-    if data.test.images.shape[-1] != first["image_size"]:
-        size = first["image_size"]
-        raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
-    # A test split taken from one folder, and a validation split, are others when files change.
-    drawn = data.name == "folder" and (split == "val" or not any(root.glob("test/*/")))
-    for label, checkpoint in checkpoints.items():
-        if own and drawn and cards[label].get("files", data.files) != data.files:
-            raise UserError(
-                f"files have come, gone or changed since {label} was trained, and its {split} "
-                "split, drawn from them, is another now: train again, or make train/ and test/"
-            )
-        known, there = set(checkpoint["classes"]), set(data.classes)
-        if known != there:
-            raise UserError(
-                f"checkpoint {label} has {len(known)} classes, the data set {len(there)}; only the "
-                f"checkpoint has {some(known - there)}; only the data set has "
-                f"{some(there - known)}: choose its own data (--dataset, --data-dir)"
-            )
-    return data
+    path, groups = Path(out_dir) / "last.pt", optimizer.param_groups
+    try:
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for old, new in zip(groups, optimizer.param_groups, strict=True):
+            if not old.keys() <= new.keys():
+                raise ValueError("another optimizer")
+        if checkpoint["scaler"]:  # empty where float16 was not used
+            scaler.load_state_dict(checkpoint["scaler"])
+        if ema is not None:
+            ema.load_state_dict(checkpoint["ema"])
+    except Exception as error:  # PyTorch raises many kinds
+        raise UserError(f"--resume: {path} is not of this version ({_one_line(error)})") from None
+    rebuilt = build_network(checkpoint).eval()
+    rebuilt.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+    compare_self_test(rebuilt, checkpoint, path)
+    return checkpoint["step"], checkpoint["best"], checkpoint["history"]
 
 
-def plain(value):
-    """`value` in plain types only: paths become strings, tuples lists."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path | str) else value  # TorchVersion is a str
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# ---------------------------------------------------------------- command line: publish
 
 
 @command
@@ -202,22 +334,12 @@ def main(argv=None):
     parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint, such as best.pt")
     parser.add_argument("target", type=Path, metavar="TARGET", help="file to write")
     args = parser.parse_args(argv)
-    checkpoint = load_checkpoint(args.source)
+    _, checkpoint = load_model(args.source)
     if args.target.exists():
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")
     if not args.target.parent.is_dir():
         raise UserError(f"{args.target}: there is no folder {args.target.parent}; make it first")
-    weights = checkpoint["ema"] or checkpoint["model"]
-    checkpoint |= {
-        "model": {
-            name: tensor.half() if tensor.is_floating_point() else tensor
-            for name, tensor in weights.items()
-        },
-        "ema": None,
-        "optimizer": None,
-        "scaler": None,
-    }
-    save_checkpoint(args.target, checkpoint)
+    save_checkpoint(args.target, weights_only(checkpoint, torch.float16))
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB")
 
 

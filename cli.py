@@ -1,4 +1,4 @@
-"""What every script's command line shares: one-line errors, checked numbers, the device."""
+"""What every command line shares: one-line errors, types of flags, device and precision."""
 
 import argparse
 import functools
@@ -12,65 +12,68 @@ import torch
 
 
 class UserError(Exception):
-    """Wrong use or bad input; the message names the file or flag and says what to do."""
+    """Wrong use or bad input. The message names the file or flag and says what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that shows defaults in `--help` and fails in one line."""
+    """An `ArgumentParser` that shows defaults in `--help` and reports errors in one line."""
 
     def __init__(self, manual: str, **kwargs):
         super().__init__(description=manual, formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        """Print one line and exit with status 2; argparse would print the usage as well."""
+        """Print one line and exit with status 2. (argparse would print the usage as well.)"""
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the docstring, and adds the defaults where there is one to tell."""
+    """Keeps the lines of the docstring and adds defaults, except None and False."""
 
     def _get_help_string(self, action):
-        untold = action.default is None or action.default is False
-        return action.help if untold else super()._get_help_string(action)
+        no_default = action.default is None or action.default is False
+        return action.help if no_default else super()._get_help_string(action)
 
 
 def command(main):
-    """Decorate `main(argv=None)`: bad input ends in one line and exit 2, Ctrl-C in 130."""
+    """Decorate `main(argv=None)`: bad input prints one line and exits with 2, Ctrl-C with 130."""
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
         try:
             main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            message = str(error)
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
-            print(f"error: {name}{error.strerror or error}", file=sys.stderr)
-            sys.exit(2)
+            message = f"{name}{error.strerror or error}"
         except (torch.OutOfMemoryError, MemoryError):
-            print(
-                "error: out of memory: use --device cpu or, in training, a smaller --batch-size",
-                file=sys.stderr,
-            )
-            sys.exit(2)
+            message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        else:
+            return
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
     return wrapper
 
 
 def run(main) -> None:
-    """Run a script's `main`; SIGTERM ends it like an exit (143), so that files are closed."""
+    """Run a script's `main`. SIGTERM ends it like an exit (143), so that files are closed."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be in any encoding
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()
 
 
+def warn(message: str) -> None:
+    """Print one line on stderr and go on."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def make_out_dir(folder: Path) -> None:
-    """Make `folder` and check that it is writable: better now than after an hour.
+    """Make `folder` and check that it is writable, before an hour of training is lost.
 
     Raises:
         UserError: it is a file, or cannot be made or written.
@@ -85,79 +88,110 @@ def make_out_dir(folder: Path) -> None:
         ) from None
 
 
-def number(kind, low, high=None, *, above: bool = False):
-    """An argparse type: a finite `kind` from `low` to `high` (`above`: `low` itself is refused)."""
-    words = "a whole number " if kind is int else "a number "
-    if high is None:
-        words += f"above {low}" if above else f"of at least {low}"
-    else:
-        words += f"from {low} to {high}"
+def quoted(names) -> str:
+    """Up to four of the names, sorted and quoted, for a message; "none" for no names."""
+    first = ", ".join(map(repr, sorted(names)[:4]))
+    return first + (", ..." if len(names) > 4 else "") or "none"
 
+
+def as_flags(values: dict) -> str:
+    """{"patch_size": 8, "flip": False} as "--patch-size 8 --no-flip"."""
+    words = []
+    for key, value in values.items():
+        flag = "--no-" if value is False else "--"
+        words.append(flag + key.replace("_", "-"))
+        if not isinstance(value, bool):
+            words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
+
+
+# ---------------------------------------------------------------- types of flags
+
+
+def integer(low: int, high: int | None = None):
+    """An argparse type: a whole number from `low` to `high`."""
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    return _number_type(int, f"a whole number {limits}", lambda n: low <= n <= (high or n))
+
+
+def real(low: float, high: float):
+    """An argparse type: a number from `low` to `high`."""
+    return _number_type(float, f"a number from {low} to {high}", lambda x: low <= x <= high)
+
+
+def non_negative(text: str) -> float:
+    """An argparse type: a finite number that is 0 or more."""
+    return _number_type(float, "a number of at least 0", lambda x: x >= 0)(text)
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    return _number_type(float, "a number above 0", lambda x: x > 0)(text)
+
+
+def _number_type(kind, description: str, accepts):
     def parse(text: str):
         try:
             value = kind(text)
-            fits = math.isfinite(value) and (value > low if above else value >= low)
+            valid = math.isfinite(value) and accepts(value)
         except (ValueError, OverflowError):
-            fits = False
-        if not fits or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+            valid = False
+        if not valid:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
         return value
 
     return parse
 
 
-def some(names: set[str]) -> str:
-    """A few of the names, for a message."""
-    shown = sorted(names)[:4]
-    return ", ".join(map(repr, shown)) + (", ..." if len(names) > 4 else "") or "none"
-
-
 def path_type(text: str) -> Path:
-    """An argparse type; what a shell makes of an unset variable is no folder."""
+    """An argparse type: a path that is not empty, as a shell's unset variable would make it."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file or folder")
     return Path(text)
 
 
-def add_data_flags(parser: argparse.ArgumentParser, *, remembered: bool = False) -> None:
-    """Add --dataset and --data-dir; `remembered`: a checkpoint supplies what is not typed."""
-    group = parser.add_argument_group("data")
-    note = " (default: as in training)" if remembered else ""
-    group.add_argument(
-        "--dataset",
-        metavar="NAME",
-        default=None if remembered else "cifar10",
-        help="cifar10 (downloaded on first use), digits (comes with scikit-learn), or folder "
-        "(DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*)" + note,
-    )
-    group.add_argument(
-        "--data-dir",
-        type=path_type,
-        metavar="DIR",
-        default=None if remembered else Path("data"),
-        help="folder of the data set; CIFAR-10 is downloaded into it" + note,
-    )
+# ---------------------------------------------------------------- flags of all scripts
+
+
+def add_data_flags(parser: argparse.ArgumentParser, *, from_checkpoint: bool = False) -> None:
+    """Add --dataset and --data-dir. `from_checkpoint`: a checkpoint supplies the defaults."""
+    add = parser.add_argument_group("data").add_argument
+    note = " (default: as in training)" if from_checkpoint else ""
+    name, folder = (None, None) if from_checkpoint else ("cifar10", Path("data"))
+    add("--dataset", metavar="NAME", default=name, help="cifar10, digits or folder" + note)
+    add("--data-dir", type=path_type, metavar="DIR", default=folder,
+        help="folder of your images, or where CIFAR-10 is kept" + note)  # fmt: skip
 
 
 def add_device_flag(parser: argparse._ActionsContainer) -> None:
     """Add --device."""
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto takes a GPU where there is one",
-    )
+    choices = ("auto", "cpu", "cuda", "mps")
+    parser.add_argument("--device", choices=choices, default="auto", help="auto: a GPU if any")
 
 
 def choose_device(name: str) -> torch.device:
     """The device that `--device name` asks for; raises UserError if this machine lacks it."""
-    found = {
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(kind for kind, there in found.items() if there)
-    if not found[name]:
+        name = next(kind for kind, found in available.items() if found)
+    if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
     return torch.device(name)
+
+
+def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The half-precision type that `--amp name` means on `device`. None: float32 throughout.
+
+    Raises:
+        UserError: float16, whose gradient scaler needs a GPU, on another device.
+    """
+    cuda = device.type == "cuda"
+    if name == "auto" and cuda:
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp16" and not cuda:
+        raise UserError(f"--amp fp16 needs --device cuda, not {device.type}; use --amp off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)

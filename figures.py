@@ -1,6 +1,6 @@
-"""The pictures of `explain.py`: maps as raw grids and as overlays, attention by layer and head.
+"""All figures: maps over images, attention, confusion matrices, curves, what a data set holds.
 
-B images   L layers   h, w grid of a map   H, W image height and width
+B images   L layers   h, w grid of a map   H, W image height and width   C classes
 """
 
 import textwrap
@@ -10,17 +10,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from data import Data, Split
+
 COLORS = matplotlib.colormaps["turbo"]
+SIGNED_COLORS = matplotlib.colormaps["RdBu_r"]
 SCALE = "Each map has its own scale, from its lowest value (dark blue) to its highest (dark red)."
+SIGNED_SCALE = "Input × gradient: red speaks for the class, blue against it, white is 0."
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 
 
 def short(name: str, length: int = 20) -> str:
-    """A long name without its middle: what a column has room for."""
+    """A long name without its middle, to fit a column."""
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+
+
+def tilted(names: list[str]) -> dict:
+    """How to write names below an axis: long ones at an angle."""
+    if max(map(len, names)) <= 3:
+        return {}
+    return {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+
+
+# ---------------------------------------------------------------- explanations
 
 
 def scaled(heat) -> np.ndarray:
@@ -30,23 +45,33 @@ def scaled(heat) -> np.ndarray:
     return (heat - heat.min()) / span if span > 0 else np.zeros_like(heat)
 
 
-def overlay(image: np.ndarray, heat: torch.Tensor) -> np.ndarray:
+def colored(heat, signed: bool = False) -> np.ndarray:
+    """A map (h, w) as colours (h, w, 3) from 0 to 1; `signed`: 0 is white."""
+    if not signed:
+        return COLORS(scaled(heat))[:, :, :3]
+    heat = np.asarray(heat, dtype=np.float32)
+    return SIGNED_COLORS(0.5 + 0.5 * heat / max(abs(heat).max(), 1e-30))[:, :, :3]
+
+
+def overlay(image: np.ndarray, heat: torch.Tensor, signed: bool = False) -> np.ndarray:
     """A map (h, w) smoothly enlarged and laid in colour over an image uint8 (H, W, 3)."""
     smooth = F.interpolate(heat[None, None].float(), image.shape[:2], mode="bilinear")[0, 0]
-    colors = COLORS(scaled(smooth))[:, :, :3] * 255
-    grey = image.mean(2, keepdims=True)  # the colours are the map's
-    return (0.5 * grey + 0.5 * colors).round().astype(np.uint8)
+    grey = image.mean(2, keepdims=True)  # so that all colour is the map's
+    return (0.5 * grey + 0.5 * 255 * colored(smooth, signed)).round().astype(np.uint8)
 
 
 def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: list[dict]) -> Figure:
     """A row per image: the image, then for each column of maps the raw grid and the overlay.
 
-    A column is a dict: `header`, `maps` (B, h, w), `titles` and `colors`, one per image.
+    A column is a dict: `header`, `signed`, `maps` (B, h, w), `titles` and `colors`, one per image.
     """
     rows, cols = len(pictures), 1 + 2 * len(columns)
     height = 2.05 * rows + 0.95  # inches
     figure = Figure(figsize=(1.75 * cols, height))
-    note = textwrap.fill(SCALE, 23 * cols)  # two lines below a narrow figure
+    note = SCALE if not all(column["signed"] for column in columns) else ""
+    if any(column["signed"] for column in columns):
+        note = f"{note} {SIGNED_SCALE}".strip()
+    note = textwrap.fill(note, 23 * cols)  # two lines below a narrow figure
     figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=10)
     grid = figure.subplots(rows, cols, squeeze=False)
     figure.subplots_adjust(0.01, 0.5 / height, 0.99, 1 - 0.85 / height, wspace=0.06, hspace=0.2)
@@ -60,8 +85,8 @@ def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: lis
             big = big.resize((256, 256), Image.Resampling.NEAREST)
         for j, column in enumerate(columns):
             raw, smooth = grid[i, 1 + 2 * j], grid[i, 2 + 2 * j]
-            raw.imshow(scaled(column["maps"][i]), cmap=COLORS, interpolation="nearest")
-            smooth.imshow(overlay(np.asarray(big), column["maps"][i]))
+            raw.imshow(colored(column["maps"][i], column["signed"]), interpolation="nearest")
+            smooth.imshow(overlay(np.asarray(big), column["maps"][i], column["signed"]))
             raw.set_title(column["titles"][i], fontsize=10, color=column["colors"][i], x=1.03)
             if i == 0:
                 raw.text(
@@ -111,4 +136,98 @@ def plot_attention_heads(picture, name: str, attention: torch.Tensor, title: str
     for head in range(heads):
         grid[0, 1 + head].set_title(f"head {head + 1}", fontsize=10)
     grid[0, 1 + heads].set_title("mean", fontsize=10)
+    return figure
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
+    """A panel per model; a cell has the number of images and their fraction of the true class."""
+    C = len(classes)
+    side = max(4.0, 0.66 * C) if C <= 25 else 12.0
+    figure = Figure(figsize=((side + 1.6) * len(metrics), side + 1.5), layout="compressed")
+    for axes, (name, scores) in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
+    ):
+        counts = np.array(scores["confusion_matrix"])
+        shares = counts / counts.sum(1, keepdims=True).clip(1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        ticks = list(map(short, classes))
+        axes.set_xticks(range(C), ticks, **tilted(ticks))
+        axes.set_yticks(range(C), ticks)
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.set_title(f"{name}: {scores['accuracy']:.2%} of {scores['images']:,} images correct")
+        axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
+        axes.set_yticks(np.arange(C - 1) + 0.5, minor=True)
+        axes.grid(which="minor", color="0.9", linewidth=0.8)
+        axes.tick_params(which="minor", length=0)
+        for i, j in np.argwhere(counts) if C <= 25 else ():
+            color = "white" if shares[i, j] > 0.5 else "black"
+            text = {"ha": "center", "color": color}
+            axes.text(j, i - 0.04, f"{counts[i, j]}", va="bottom", fontsize=9, **text)
+            axes.text(j, i + 0.06, f"{shares[i, j]:.1%}", va="top", fontsize=7, **text)
+    return figure
+
+
+def plot_curves(histories: dict[str, list[dict]]) -> Figure:
+    """Accuracy and loss of trainings, by epoch and by training time; validation is solid."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    grid = figure.subplots(2, 2, sharey="row", sharex="col")
+    for row, quantity in zip(grid, ("accuracy", "loss"), strict=True):
+        for axes, unit in zip(row, ("epoch", "minutes of training"), strict=True):
+            for color, (name, history) in enumerate(histories.items()):
+                x = [r["epoch"] if unit == "epoch" else r["seconds"] / 60 for r in history]
+                for part, style in (("val", "-"), ("train", "--")):
+                    y = [r[f"{part}_{quantity}"] for r in history]
+                    if None not in y:
+                        label = f"{name}, {'validation' if part == 'val' else 'training'}"
+                        marker = "o" if len(y) < 40 else None
+                        axes.plot(
+                            x, y, style, color=f"C{color}", label=label, marker=marker, markersize=3
+                        )
+            axes.grid(alpha=0.3)
+            if quantity == "loss":
+                axes.set_xlabel(unit)
+        row[0].set_ylabel(quantity)
+    grid[0, 0].yaxis.set_major_formatter("{x:.0%}")
+    grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[0, 0].legend()
+    return figure
+
+
+def plot_examples(split: Split, classes: list[str]) -> Figure:
+    """The first image of each class in a split."""
+    columns = min(len(classes), 10)
+    rows = -(-len(classes) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.8 * rows), layout="constrained")
+    labels = split.labels[split.indices]
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.axis("off")
+    for label, (axes, name) in enumerate(zip(panels, classes, strict=False)):
+        where = (labels == label).nonzero()[:1, 0]
+        if len(where):
+            axes.imshow(split.rows(where)[0][0].permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_title(short(name, 14), fontsize=11)
+    return figure
+
+
+def plot_counts(data: Data) -> Figure:
+    """Images per class in each split."""
+    figure = Figure(figsize=(max(6.0, 0.9 * len(data.classes)), 4), layout="constrained")
+    axes = figure.subplots()
+    x = np.arange(len(data.classes))
+    for i, part in enumerate(("train", "val", "test")):
+        split = getattr(data, part)
+        if not len(split):
+            continue
+        counts = torch.bincount(split.labels[split.indices], minlength=len(data.classes)).numpy()
+        bars = axes.bar(x + (i - 1) * 0.28, counts, 0.28, label=f"{part}: {len(split):,}")
+        axes.bar_label(bars, fontsize=7, rotation=90 if len(data.classes) > 5 else 0, padding=2)
+    ticks = list(map(short, data.classes))
+    axes.set_xticks(x, ticks, **tilted(ticks))
+    axes.set_ylabel("images")
+    axes.margins(y=0.15)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=3, frameon=False)
     return figure

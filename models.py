@@ -3,10 +3,19 @@
     B batch   C channels   H, W image height and width   K feature channels   h, w feature map
     N tokens = 1 class token + P patches   D width   heads   hd = D / heads, head width
 
-Both have `forward(x) = forward_head(forward_features(x))`. What explanations need comes from
-`forward_features(x, return_intermediates=True)`, with its graph, and from no second copy of the
-forward pass and no hooks.
+Both have `forward(x) = forward_head(forward_features(x))`. Explanations read what a network
+computes on the way: `forward_features(x, return_intermediates=True)` returns `(features, dict)`.
+The dict has any of these keys, each a list with one tensor per layer, the first layer first, with
+its graph attached:
+
+    "map"        feature maps (B, K, h, w)
+    "attention"  attention (B, heads, N, N); token 0 is the class token
+    "tokens"     tokens (B, N, D); token 0 is the class token
+
+A network of your own needs the two methods and a line in `MODELS`, at the end of this file.
 """
+
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +55,8 @@ class Stage(nn.Module):
 class CNN(nn.Module):
     """A residual network: stem, stages that each halve the image, global average pooling, linear.
 
-    Because nothing but averaging and one linear layer follows the last map, class activation
-    maps are exact (Zhou et al. 2016, arXiv 1512.04150).
+    Only averaging and one linear layer follow the last map. So a logit is the mean over the map's
+    cells of that class's evidence, plus the bias (Zhou et al. 2016, arXiv 1512.04150, eq. 2).
 
     Args:
         classes: number of classes C.
@@ -57,7 +66,7 @@ class CNN(nn.Module):
         depths: residual blocks of each stage.
 
     Raises:
-        ValueError: a width or depth that makes no network.
+        ValueError: widths and depths that do not describe a network.
     """
 
     def __init__(
@@ -72,7 +81,7 @@ class CNN(nn.Module):
         super().__init__()
         if len(widths) != len(depths) or not widths:
             raise ValueError(
-                f"widths has {len(widths)} numbers, depths {len(depths)}: give as many to both"
+                f"widths has {len(widths)} numbers, depths {len(depths)}: give one each per stage"
             )
         if min(classes, stem, *widths) < 1 or min(depths) < 0:
             raise ValueError("classes, stem and widths must be at least 1, depths at least 0")
@@ -88,13 +97,13 @@ class CNN(nn.Module):
         self.head = nn.Linear(widths[-1], classes)
 
     def forward_features(self, x, return_intermediates: bool = False):
-        """(B, 3, H, W) -> the last map (B, K, h, w); if asked, also the outputs of all stages."""
+        """(B, 3, H, W) -> the last map (B, K, h, w); the intermediates are each stage's output."""
         x = F.gelu(self.stem_norm(self.stem(x)))  # (B, stem, H, W)
-        outputs = []
+        maps = []
         for stage in self.stages:
             x = stage(x)
-            outputs.append(x)
-        return (x, outputs) if return_intermediates else x
+            maps.append(x)
+        return (x, {"map": maps}) if return_intermediates else x
 
     def forward_head(self, x):
         """The last map (B, K, h, w) -> logits (B, C)."""
@@ -139,7 +148,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One transformer layer, normalised before each half: attention, then a two-layer MLP.
 
-    In training each half is left out of each image with probability `drop_path`, and scaled up
+    In training each half is skipped for each image with probability `drop_path`, and scaled up
     where it is not (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
     """
 
@@ -188,11 +197,11 @@ class ViT(nn.Module):
         depth: number of blocks.
         heads: attention heads in each block.
         mlp_ratio: width of the hidden layer of each MLP, as a multiple of `dim`.
-        drop_path: probability that the last block's attention or MLP is left out of an image in
-            training; it grows in a line from 0 in the first block.
+        drop_path: probability that the last block's attention or MLP is skipped for an image in
+            training; it grows linearly from 0 in the first block.
 
     Raises:
-        ValueError: a combination that makes no network.
+        ValueError: arguments that do not describe a network.
     """
 
     def __init__(
@@ -237,22 +246,23 @@ class ViT(nn.Module):
     def forward_features(self, x, return_intermediates: bool = False):
         """(B, 3, H, W) -> normalised tokens (B, N, D), the class token first.
 
-        If asked, also a dict: `attention`, per block (B, heads, N, N), and `tokens` (B, N, D),
-        the input of the last block's attention, the last place whose patches matter to the class
-        token's output.
+        The intermediates are each block's attention (B, heads, N, N), and the tokens (B, N, D) that
+        enter it. After the last attention the patches no longer reach the class token, so their
+        gradient at the output would be exactly 0.
         """
         x = self.patchify(x).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, P, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = x + self.positions
-        attentions, tokens = [], None
+        intermediates = {"attention": [], "tokens": []}
         for block in self.blocks:
             if return_intermediates:
                 x, attention, tokens = block(x, return_intermediates=True)
-                attentions.append(attention)
+                intermediates["attention"].append(attention)
+                intermediates["tokens"].append(tokens)
             else:
                 x = block(x)
         x = self.norm(x)
-        return (x, {"attention": attentions, "tokens": tokens}) if return_intermediates else x
+        return (x, intermediates) if return_intermediates else x
 
     def forward_head(self, x):
         """Tokens (B, N, D) -> logits (B, C), from the class token alone."""
@@ -263,20 +273,26 @@ class ViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-MODELS = {"cnn": CNN, "vit": ViT}
+MODELS = {"cnn": CNN, "vit": ViT}  # the registry: a checkpoint stores the name and the arguments
 
 
 def build_model(name: str, config: dict) -> nn.Module:
-    """The network called `name` ("cnn" or "vit") with the constructor arguments `config`.
+    """The network that the registry calls `name`, with the constructor arguments `config`.
 
     Raises:
-        ValueError: an unknown name or an impossible combination.
+        ValueError: an unknown name, or arguments that do not describe a network.
     """
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: it must be one of {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name!r}: models.MODELS has {', '.join(MODELS)}")
     return MODELS[name](**config)
 
 
+def model_arguments(name: str, settings: dict) -> dict:
+    """Those of the settings that the constructor of network `name` takes."""
+    arguments = inspect.signature(MODELS[name]).parameters
+    return {key: settings[key] for key in arguments if key in settings}
+
+
 def count_parameters(model: nn.Module) -> int:
-    """How many numbers its parameters hold, frozen ones too."""
+    """The number of parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())

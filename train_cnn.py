@@ -1,21 +1,23 @@
 """Train the CNN.
 
-    python train_cnn.py --dataset digits                     40 seconds, 98% test accuracy
+    python train_cnn.py --dataset digits                     40 seconds, 98% of the test images
     python train_cnn.py                                      CIFAR-10: 30 minutes, 89%
     python train_cnn.py --dataset folder --data-dir photos   photos/train/<class>/*, photos/test
 
-Times on two CPU cores; the 89% on a JPEG copy of CIFAR-10 (see README). Prints a row per epoch;
-writes checkpoints and TensorBoard curves to --out-dir: see them by tensorboard --logdir runs
+Times are for two CPU cores. The 89% are on a JPEG copy of CIFAR-10 (see README). Prints a row per
+epoch. Writes checkpoints and curves to --out-dir; see the curves with tensorboard --logdir runs
 """
 
 import torch
 import torch.nn.functional as F
 
-from cli import command, number, run
-from recipe import finish, parse_settings, prepare, recipe_parser
-from training import muon_and_adamw, train
+from cli import command, integer, run
+from optimizers import muon_and_adamw
+from prepare import prepare, print_next_steps
+from settings import parse_settings, training_parser
+from training import TrainingSettings, train
 
-RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --dataset digits
+RECIPE = {  # --recipe fast
     "epochs": 16,
     "batch_size": 128,
     "lr": 5e-3,
@@ -34,16 +36,17 @@ RECIPE = {  # --recipe fast; BEST is what --recipe best changes, DIGITS what --d
     "widths": [48, 112],
     "depths": [1, 2],
 }
+# What --recipe best changes, and what --dataset digits changes.
 BEST = {"epochs": 100, "auto_augment": True, "erase": 0}
 DIGITS = {"epochs": 10, "batch_size": 32, "flip": False, "erase": 0, "ema_decay": 0.98}
-MODEL_SETTINGS = "stem widths depths".split()  # passed on to the model
 
 
 def whiten(model, images: torch.Tensor) -> None:
-    """Make the stem's filters the principal directions of a batch's patches, and freeze them.
+    """Set the stem's filters to the principal components of the images' patches; freeze them.
 
-    The strongest ones, each with both signs; the norm that follows gives all the same variance
-    (the whitening layer of Jordan 2024, arXiv 2404.00498, sec. 3.2). images (B, 3, H, W).
+    The strongest components are used, each with both signs. The batch norm that follows gives all
+    the same variance: the whitening layer of Jordan 2024 (arXiv 2404.00498, sec. 3.2).
+    images (B, 3, H, W), normalised.
     """
     filters = model.stem.weight  # (stem, 3, 3, 3)
     patches = F.unfold(images.contiguous(), filters.shape[2:]).transpose(1, 2).flatten(0, 1)
@@ -61,24 +64,19 @@ def make_optimizer(model, settings):
 
 @command
 def main(argv=None):
-    parser = recipe_parser(__doc__, BEST, DIGITS)
-    group = parser.add_argument_group("CNN")
-    group.add_argument("--stem", type=number(int, 1, 54), metavar="N",
-                       help="channels of the first convolution")  # fmt: skip
-    group.add_argument("--widths", type=number(int, 1), nargs="+", metavar="N",
-                       help="channels of each stage; a stage halves the image's side")  # fmt: skip
-    group.add_argument("--depths", type=number(int, 0, 1000), nargs="+", metavar="N",
-                       help="residual blocks of each stage; as many as --widths")  # fmt: skip
-    parser.set_defaults(**RECIPE)
-    settings, resumed = parse_settings(parser, argv, "cnn", BEST, DIGITS)
+    parser = training_parser(__doc__, RECIPE, BEST, DIGITS)
+    add = parser.add_argument_group("CNN").add_argument
+    add("--stem", type=integer(1, 54), metavar="N", help="channels of the first convolution")
+    add("--widths", type=integer(1), nargs="+", metavar="N", help="channels of each stage")
+    add("--depths", type=integer(0, 1000), nargs="+", metavar="N", help="blocks of each stage")
+    settings, checkpoint = parse_settings(parser, argv, "cnn", BEST, DIGITS)
 
-    model, train_batches, val_batches, card = prepare(settings, "cnn", MODEL_SETTINGS, resumed)
+    model, train_batches, val_batches, metadata = prepare(settings, "cnn", checkpoint)
     whiten(model, next(iter(train_batches))[0])
     optimizer = make_optimizer(model, settings)
-    state = train(
-        model, optimizer, train_batches, val_batches, settings=settings, card=card, resumed=resumed
-    )
-    finish(state, settings)
+    loop_settings = TrainingSettings.from_flags(settings)
+    last = train(model, optimizer, train_batches, val_batches, loop_settings, metadata, checkpoint)
+    print_next_steps(last, settings.out_dir)
 
 
 if __name__ == "__main__":

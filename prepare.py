@@ -1,0 +1,362 @@
+"""From settings to data, network and batches; from checkpoints to networks, data and images."""
+
+import argparse
+import dataclasses
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+from batches import Batches, batch_size_without_training, predict
+from checkpoint import load_model, make_metadata
+from cli import UserError, as_flags, choose_amp, choose_device, make_out_dir, quoted
+from data import Data, Split, load_data
+from folders import read_image
+from models import build_model, count_parameters, model_arguments
+
+# ---------------------------------------------------------------- before training
+
+
+def prepare(settings: argparse.Namespace, model_name: str, checkpoint: dict | None):
+    """Load the data, build the network, make the out-dir; print in one line what will be trained.
+
+    Args:
+        settings: all flags of a training script.
+        model_name: the network's name in `models.MODELS`. Its constructor gets `classes` and those
+            of the settings that it takes.
+        checkpoint: the checkpoint to resume from, or None.
+
+    Returns:
+        (model on its device, training batches, validation batches or None, metadata).
+
+    Raises:
+        UserError: no such device, no data, a network that cannot be built, an out-dir that cannot
+            be written, or other images than those of the run to resume.
+    """
+    device = choose_device(settings.device)
+    amp_dtype = choose_amp(settings.amp, device)
+    if settings.dataset == "folder" and settings.out_dir.resolve() == settings.data_dir.resolve():
+        raise UserError(f"--out-dir {settings.out_dir} is the folder of images: choose another")
+    if settings.dataset != "folder" and settings.image_size != 32:
+        raise UserError("--image-size is for --dataset folder alone: omit it")
+    make_out_dir(settings.out_dir)
+    data = load_data(
+        settings.dataset,
+        settings.data_dir,
+        image_size=settings.image_size,
+        val_fraction=settings.val_fraction,
+    )
+    if settings.batch_size > len(data.train):
+        raise UserError(
+            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training "
+            "images: use a smaller one"
+        )
+    torch.manual_seed(settings.seed)
+    config = model_arguments(model_name, vars(settings) | {"classes": len(data.classes)})
+    model = _build(model_name, config).to(device, memory_format=torch.channels_last)
+    if settings.compile:
+        model.compile()
+    metadata = describe_run(data, settings, model_name, config)
+    if checkpoint is not None:
+        refuse_other_images(metadata, checkpoint)
+    train_batches, val_batches = make_batches(data, settings, device)
+    choices = {key: config[key] for key in config if key not in ("classes", "image_size")}
+    print(
+        f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
+        f"{len(data.test):,} test images; {model_name} of {count_parameters(model):,} parameters; "
+        f"{settings.epochs} epochs, batch {settings.batch_size}, on {device.type}, "
+        f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
+        + (f"; {as_flags(choices | {'flip': settings.flip})}" if data.name == "digits" else "")
+        + (f"; {data.note}" if data.note else "")
+    )
+    return model, train_batches, val_batches, metadata
+
+
+def _build(model_name: str, config: dict) -> nn.Module:
+    """`build_model`, with errors that name flags."""
+    try:
+        return build_model(model_name, config)
+    except ValueError as error:
+        message = str(error)  # names arguments
+        for key in config:
+            message = re.sub(rf"\b{key}\b", "--" + key.replace("_", "-"), message)
+        raise UserError(message) from None
+    except (RuntimeError, TypeError, OverflowError):  # what PyTorch raises for numbers too large
+        sizes = {key: config[key] for key in config if key not in ("classes", "image_size")}
+        raise UserError(
+            f"a network with {as_flags(sizes)} is too large: use smaller numbers"
+        ) from None
+
+
+def make_batches(data: Data, settings, device) -> tuple[Batches, Batches | None]:
+    """Augmented batches for training and, if there is a validation split, unchanged ones for it."""
+    common = {"mean": data.mean, "std": data.std, "device": device}
+    keys = ("flip", "shift", "erase", "auto_augment", "mix")
+    augmentation = {key: getattr(settings, key) for key in keys}
+    train_batches = Batches(data.train, settings.batch_size, train=True, **augmentation, **common)
+    size = batch_size_without_training(data.val.images.shape[-1])
+    return train_batches, Batches(data.val, size, **common) if len(data.val) else None
+
+
+def describe_run(data: Data, settings, model_name: str, model_config: dict) -> dict:
+    """The metadata of a run of the training scripts."""
+    dataset = {
+        "name": data.name,
+        "data_dir": settings.data_dir,
+        "image_size": settings.image_size,
+        "val_fraction": settings.val_fraction,
+        "sizes": [len(data.train), len(data.val), len(data.test)],
+        "files": data.files,
+    }
+    return make_metadata(
+        model_name, model_config, classes=data.classes, mean=data.mean, std=data.std,
+        dataset=dataset, settings=vars(settings),
+    )  # fmt: skip
+
+
+def normalised_alike(one: dict, other: dict, tolerance: float) -> bool:
+    """Whether two checkpoints have the same classes and image size, and about one mean and std."""
+    same = one["classes"] == other["classes"]
+    same &= one["dataset"]["image_size"] == other["dataset"]["image_size"]
+    statistics = [checkpoint["mean"] + checkpoint["std"] for checkpoint in (one, other)]
+    return same and np.allclose(*statistics, rtol=0, atol=tolerance)
+
+
+def refuse_other_images(metadata: dict, checkpoint: dict) -> None:
+    """Raise UserError if the images are not those that the run to resume was trained on."""
+    new, old = metadata["dataset"], checkpoint["dataset"]
+    changed = new["sizes"] != old["sizes"]
+    changed |= old.get("files") is not None and new["files"] != old["files"]  # older runs: None
+    if changed or not normalised_alike(metadata, checkpoint, 1e-4):
+        raise UserError(
+            "--resume: the images in --data-dir are not those of the run: it had "
+            f"{sum(old['sizes'])} of {len(checkpoint['classes'])} classes; there are "
+            f"{sum(new['sizes'])} of {len(metadata['classes'])}, or others"
+        )
+
+
+def load_teacher(path: Path, out_dir: Path, metadata: dict, model: nn.Module) -> nn.Module:
+    """The network of a checkpoint, to learn from, on the device of `model`.
+
+    Raises:
+        UserError: it cannot be read, was trained on other images, or would be overwritten.
+    """
+    if path.resolve().parent == out_dir.resolve():
+        raise UserError(f"--teacher {path} is in the out-dir, which will be overwritten")
+    try:
+        teacher, checkpoint = load_model(path, next(model.parameters()).device)
+    except UserError as error:
+        raise UserError(f"--teacher {error}") from None
+    if not normalised_alike(metadata, checkpoint, 0.02):
+        raise UserError(
+            f"--teacher {path}: it was trained on other images, sizes or classes "
+            f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): use a "
+            "checkpoint trained on the same data set"
+        )
+    return teacher
+
+
+def print_next_steps(last: dict, out_dir: Path) -> None:
+    """Print the best validation accuracy, and the commands to run next."""
+    best = last["best"]
+    if best["val_accuracy"] is not None:
+        print(f"best validation accuracy {best['val_accuracy']:.2%} after epoch {best['epoch']}")
+    print("next:")
+    for script in ("evaluate.py", "explain.py"):
+        print(f"  python {script} {shlex.quote(str(out_dir / 'best.pt'))}")
+    print(f"  tensorboard --logdir {shlex.quote(str(out_dir))}")
+
+
+# ---------------------------------------------------------------- from checkpoints
+
+
+@dataclasses.dataclass
+class TrainedModel:
+    """A network rebuilt from a checkpoint, in eval mode."""
+
+    name: str  # in tables and figures: the run's folder, or the file's own name
+    path: str  # as typed
+    network: nn.Module
+    checkpoint: dict
+
+    def positions(self, classes: list[str]) -> torch.Tensor:
+        """The network's outputs that stand for `classes`, (C,). Classes match by name."""
+        return torch.tensor([self.checkpoint["classes"].index(name) for name in classes])
+
+    def logits(self, split: Split, classes: list[str]) -> torch.Tensor:
+        """Logits (N, C) of a split's images, in the order of `classes`, on the CPU."""
+        device = next(self.network.parameters()).device
+        size = batch_size_without_training(split.images.shape[-1])
+        mean, std = self.checkpoint["mean"], self.checkpoint["std"]
+        logits, _ = predict(self.network, Batches(split, size, mean=mean, std=std, device=device))
+        return logits[:, self.positions(classes)]
+
+
+def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
+    """The networks of all checkpoints; a path that is repeated counts once."""
+    paths = list(dict.fromkeys(paths))
+    files = [Path(path) for path in paths]
+    names = [file.parent.name if file.stem in ("best", "last") else file.stem for file in files]
+    if "" in names or len(set(names)) < len(names):
+        names = paths
+    models = []
+    for name, path in zip(names, paths, strict=True):
+        network, checkpoint = load_model(path, device)
+        models.append(TrainedModel(name, path, network, checkpoint))
+    return models
+
+
+def load_data_for(
+    models: list[TrainedModel], name: str | None, data_dir: Path | None, split: str = "test"
+) -> Data:
+    """The data set that the models were trained on, unless `name` or `data_dir` differ.
+
+    The validation split is made if it is asked for, or if the data are the models' own.
+
+    Raises:
+        UserError: the models were trained on different data, or have other classes than it.
+    """
+    keys = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
+    _refuse_different(models, [*keys, "image_size"] + ["val_fraction"] * (split == "val"), keys)
+    trained_on = models[0].checkpoint["dataset"]
+    root = Path(data_dir or trained_on["data_dir"]).resolve()
+    if data_dir is None and (name or trained_on["name"]) == "folder" and not root.is_dir():
+        raise UserError(
+            f"{models[0].name} was trained on the folder {trained_on['data_dir']}, which is "
+            "missing: name the folder of its images (--data-dir), or other data (--dataset)"
+        )
+    moved = trained_on["name"] == "folder" and root != Path(trained_on["data_dir"]).resolve()
+    own = name in (None, trained_on["name"]) and not moved
+    data = load_data(
+        name or trained_on["name"],
+        data_dir or trained_on["data_dir"],
+        image_size=trained_on["image_size"],
+        val_fraction=trained_on["val_fraction"] if own or split == "val" else 0,
+        test_alone=split == "test",
+    )
+    if data.test.images.shape[-1] != trained_on["image_size"]:
+        size = trained_on["image_size"]
+        raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
+    # A test split drawn from one folder, and a validation split, are others when files change.
+    drawn = data.name == "folder" and (split == "val" or not any(root.glob("test/*/")))
+    for model in models:
+        _refuse_other_classes(model, data)
+        if own and drawn and model.checkpoint["dataset"].get("files", data.files) != data.files:
+            raise UserError(
+                f"files were added, removed or changed since {model.name} was trained, so the "
+                f"{split} split, drawn from them, is another: train again, or make train/ and test/"
+            )
+    return data
+
+
+def _refuse_different(models: list[TrainedModel], keys: list[str], flags: list[str]) -> None:
+    """Raise UserError if the models' data sets differ in one of the keys."""
+    for key in keys:
+        values = {model.name: model.checkpoint["dataset"][key] for model in models}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{name}: {value}" for name, value in values.items())
+            advice = "give --dataset and --data-dir" if key in flags else "use one at a time"
+            what = key.replace("name", "data set").replace("_", " ")
+            raise UserError(f"the checkpoints differ in their {what} ({listed}): {advice}")
+
+
+def _refuse_other_classes(model: TrainedModel, data: Data) -> None:
+    known, present = set(model.checkpoint["classes"]), set(data.classes)
+    if known != present:
+        raise UserError(
+            f"checkpoint {model.name} has {len(known)} classes, the data set {len(present)}; only "
+            f"the checkpoint has {quoted(known - present)}; only the data set has "
+            f"{quoted(present - known)}: choose its own data (--dataset, --data-dir)"
+        )
+
+
+# ---------------------------------------------------------------- images to explain
+
+
+@dataclasses.dataclass
+class Examples:
+    """Images to explain: B of them, of which the networks see `split`."""
+
+    split: Split  # uint8 (B, 3, H, W); label -1 where the true class is unknown
+    positions: torch.Tensor  # (B,) in the test split, or -1
+    classes: list[str]  # of the labels
+    pictures: list[np.ndarray]  # to draw, uint8; fewer than B if there are very many
+    names: list[str]  # above a picture
+    descriptions: list[str]  # in the terminal
+    files: list[Path] = dataclasses.field(default_factory=list)  # of photographs
+
+
+def choose_test_images(models: list[TrainedModel], data: Data, show: str, count: int) -> Examples:
+    """Up to `count` test images, in a fixed random order, of the kind `show`.
+
+    "any"; "correct": all the models are right; "wrong": at least one of them is wrong.
+
+    Raises:
+        UserError: there is no such image.
+    """
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+    chosen = order if show == "any" else order[:0]
+    for part in tqdm(order.split(256), f"finding {show} images", leave=False, disable=None):
+        if len(chosen) >= count:
+            break
+        split = data.test.subset(part)
+        right = torch.ones(len(part), dtype=torch.bool)
+        for model in models:
+            right &= model.logits(split, data.classes).argmax(1) == split.labels[split.indices]
+        chosen = torch.cat([chosen, part[right if show == "correct" else ~right]])
+    chosen = chosen[:count]
+    if not len(chosen):
+        raise UserError(f"--show {show}: there is no such image in the test split")
+    images, labels = data.test.rows(chosen)
+    names = [data.classes[label] for label in labels]
+    return Examples(
+        split=Split.of(images, labels),
+        positions=chosen,
+        classes=data.classes,
+        pictures=list(images.permute(0, 2, 3, 1).numpy()),
+        names=[f"true: {name}" for name in names],
+        descriptions=[f"test image {i} ({n})" for i, n in zip(chosen, names, strict=True)],
+    )
+
+
+def read_photographs(paths: list[Path], models: list[TrainedModel], most_pictures: int) -> Examples:
+    """The files that can be read; the others are reported on stderr.
+
+    Raises:
+        UserError: the models have other classes or image sizes than each other.
+        SystemExit: no file can be read.
+    """
+    first = models[0].checkpoint
+    for other in models[1:]:
+        if set(other.checkpoint["classes"]) != set(first["classes"]):
+            raise UserError("the checkpoints have different classes: explain them one at a time")
+    _refuse_different(models, ["image_size"], [])
+    size, files, pictures, small = first["dataset"]["image_size"], [], [], []
+    for path in dict.fromkeys(paths):
+        try:
+            photo = read_image(path)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        if len(pictures) < most_pictures:
+            pictures.append(middle_square(photo, 512))
+        small.append(np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC)))
+        files.append(path)
+    if not files:
+        sys.exit(2)
+    images, unknown = torch.from_numpy(np.stack(small)), torch.full((len(files),), -1)
+    names = [file.name for file in files]
+    split = Split.of(images.permute(0, 3, 1, 2), unknown)
+    return Examples(split, unknown, first["classes"], pictures, names, names, files)
+
+
+def middle_square(photo: Image.Image, side: int) -> np.ndarray:
+    """The middle of a photograph, scaled down to uint8 (side, side, 3), never up."""
+    side = min(*photo.size, side)
+    return np.asarray(ImageOps.fit(photo, (side, side), Image.Resampling.BICUBIC))
