@@ -258,8 +258,6 @@ def _is_valid(key: str, value) -> bool:
             return all(isinstance(v, str) for v in value) and len(set(value)) == len(value)
         case "dataset":
             return {"name", "data_dir", "image_size", "val_fraction", "sizes"} <= value.keys()
-        case "settings":
-            return "epochs" in value
     return True
 
 

@@ -53,7 +53,7 @@ class Split:
         return Split(self.images, self.labels, self.indices[which])
 
     def to(self, device: torch.device) -> "Split":
-        """The split whole on a GPU, if it fits into a quarter of the free memory; else unchanged."""
+        """The whole split on a GPU, if it fits into a quarter of its memory; else unchanged."""
         size = len(self) * self.images[0].numel()
         if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
             shape = len(self), *self.images.shape[1:]

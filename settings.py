@@ -22,62 +22,67 @@ from cli import (
     real,
 )
 
+# Flags that may differ when a training is resumed: how and where it runs.
 CHANGEABLE = {"device", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
-"""Flags that may differ when a training is resumed: how and where it runs."""
+
+
+NUMBERS = {  # group: rows of flag, type, default, help
+    "images and splits": (
+        ("--image-size", integer(32, 128), 32, "side of a folder's images in pixels, 32 to 128"),
+        ("--val-fraction", real(0, 0.9), 0.1, "fraction of the training images for validation"),
+        ("--seed", integer(0, 2**63 - 1), 0, "random seed; the splits stay the same"),
+    ),
+    "training": (
+        ("--epochs", integer(1, 10**6), 10, "passes over the training images"),
+        ("--batch-size", integer(1), 128, "images per step"),
+        ("--lr", positive, 1e-3, "peak learning rate of AdamW"),
+        ("--muon-lr", real(1e-30, 1e30), 0.02, "peak learning rate of Muon (hidden weights)"),
+        ("--warmup", real(0, 0.9), 0.0, "fraction of the steps in which the rates rise"),
+        ("--weight-decay", non_negative, 0.0, "weight decay, but not of norms and biases"),
+        ("--label-smoothing", real(0, 0.9), 0.0, "label smoothing; 0: none"),
+        ("--clip", non_negative, 0.0, "largest norm of the gradient; 0: no clipping"),
+        ("--ema-decay", real(0, 0.99999), 0.0, "decay of the averaged weights; 0: no average"),
+    ),
+    "augmentation": (
+        ("--shift", integer(0, 31), 0, "move images by up to N pixels"),
+        ("--erase", integer(0, 32), 0, "erase a square of side N; 0: none"),
+        ("--mix", real(0, 1), 0.0, "fraction of the batches mixed by CutMix or MixUp"),
+    ),
+}
 
 
 def training_parser(manual: str, recipe: dict, best: dict, digits: dict) -> Parser:
-    """The flags that all training scripts share, with the recipe's values as defaults."""
+    """The flags that all training scripts share; `recipe` has the defaults that differ from here.
+
+    Args:
+        manual: the script's docstring, for --help.
+        recipe: defaults by name, those of the network's own flags among them.
+        best: what --recipe best changes.
+        digits: what --dataset digits changes.
+    """
     changes = {"--recipe best": best, "--dataset digits": digits}
     lines = [f"{flag} sets {as_flags(new)}" for flag, new in changes.items()]
     lines.append("With both, --dataset digits decides. A flag that you type decides over either.")
     parser = Parser(manual, epilog="\n".join(lines))
     add_data_flags(parser)
-    _add_split_flags(parser.add_argument_group("images and splits").add_argument)
-    _add_training_flags(parser.add_argument_group("training").add_argument)
-    _add_augmentation_flags(parser.add_argument_group("augmentation").add_argument)
+    for title, rows in NUMBERS.items():
+        group = parser.add_argument_group(title)
+        for flag, kind, default, text in rows:
+            letter = "N" if isinstance(default, int) else "X"
+            group.add_argument(flag, type=kind, default=default, metavar=letter, help=text)
+    on_off = {"action": argparse.BooleanOptionalAction, "default": False}
+    group.add_argument("--flip", **on_off, help="mirror half of the images")
+    group.add_argument("--auto-augment", **on_off, help="TrivialAugmentWide, by groups of images")
     _add_run_flags(parser.add_argument_group("run"))
     parser.set_defaults(**recipe)
     return parser
 
 
-def _add_split_flags(add) -> None:
-    add("--image-size", type=integer(32, 128), default=32, metavar="N",
-        help="side of a folder's images in pixels, 32 to 128")  # fmt: skip
-    add("--val-fraction", type=real(0, 0.9), default=0.1, metavar="X",
-        help="fraction of the training images for validation")  # fmt: skip
-
-
-def _add_training_flags(add) -> None:
-    number = {"metavar": "N"}
-    fraction = {"metavar": "X"}
-    add("--recipe", choices=("fast", "best"), default="fast", help="best: long, for a GPU")
-    add("--epochs", type=integer(1, 10**6), **number, help="passes over the training images")
-    add("--batch-size", type=integer(1), **number, help="images per step")
-    add("--lr", type=positive, **fraction, help="highest learning rate (of AdamW)")
-    add("--muon-lr", type=real(1e-30, 1e30), **fraction, help="highest learning rate of Muon")
-    add("--warmup", type=real(0, 0.9), **fraction, help="fraction of steps in which it rises")
-    add("--weight-decay", type=non_negative, **fraction, help="not for norms and biases")
-    add("--label-smoothing", type=real(0, 0.9), **fraction, help="spread over all classes")
-    add("--clip", type=non_negative, **fraction, help="largest gradient norm; 0: no clipping")
-    add("--ema-decay", type=real(0, 0.99999), **fraction, help="of averaged weights; 0: none")
-    add("--seed", type=integer(0, 2**63 - 1), default=0, **number, help="does not change splits")
-
-
-def _add_augmentation_flags(add) -> None:
-    on_off = argparse.BooleanOptionalAction
-    add("--flip", action=on_off, help="mirror half of the images")
-    add("--shift", type=integer(0, 31), metavar="N", help="move images by up to N pixels")
-    add("--erase", type=integer(0, 32), metavar="N", help="erase a square of side N; 0: none")
-    add("--auto-augment", action=on_off, help="TrivialAugmentWide on groups of images")
-    add("--mix", type=real(0, 1), metavar="X", help="fraction of batches in CutMix or MixUp")
-
-
 def _add_run_flags(group) -> None:
-    add = group.add_argument
+    add, amp = group.add_argument, ("auto", "off", "bf16", "fp16")
+    add("--recipe", choices=("fast", "best"), default="fast", help="best: long, for a GPU")
     add_device_flag(group)
-    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-        help="mixed precision; auto: on with CUDA, off without")  # fmt: skip
+    add("--amp", choices=amp, default="auto", help="mixed precision; auto: with CUDA only")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--out-dir", type=path_type, metavar="DIR", help="default: runs/<dataset>-<model>")
     either = group.add_mutually_exclusive_group()
@@ -117,6 +122,9 @@ def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: di
         sys.exit(0)
     changed = {key: typed[key] for key in CHANGEABLE & set(typed)}
     settings |= checkpoint["settings"] | changed | {"out_dir": out_dir, "resume": True}
+    for key in ("data_dir", "teacher"):  # strings in a checkpoint
+        if settings.get(key) is not None:
+            settings[key] = Path(settings[key])
     return argparse.Namespace(**settings), checkpoint
 
 
@@ -126,18 +134,16 @@ def load_run(out_dir: Path, model_name: str) -> dict:
     Raises:
         UserError: a file of the run is missing or damaged, or it is another network's.
     """
-    path = out_dir / "last.pt"
-    for file in (path, out_dir / "best.pt"):
-        if not file.is_file():
-            advice = "put it back, or start again (--overwrite)"
-            if not list(out_dir.glob("*.pt")):
-                advice = "check --out-dir, or omit --resume"
-            raise UserError(f"--resume: {file} is missing: {advice}")
+    path, best = out_dir / "last.pt", out_dir / "best.pt"
+    if not path.is_file():
+        empty = not list(out_dir.glob("*.pt"))
+        advice = "check --out-dir, or omit --resume" if empty else "put it back, or --overwrite"
+        raise UserError(f"--resume: there is no file {path}: {advice}")
     try:
         checkpoint = load_checkpoint(path)
     except UserError as error:
         raise UserError(f"--resume: {error}; or start again (--overwrite)") from None
-    if checkpoint["optimizer"] is None:
+    if checkpoint["optimizer"] is None or "epochs" not in checkpoint["settings"]:
         raise UserError(
             f"--resume: {path} holds weights only, not a training: start again (--overwrite)"
         )
@@ -146,6 +152,8 @@ def load_run(out_dir: Path, model_name: str) -> dict:
             f"--resume: {path} is a {checkpoint['model_name']}: resume it with "
             f"train_{checkpoint['model_name']}.py, or choose another --out-dir"
         )
+    if not best.is_file():
+        raise UserError(f"--resume: {best} is missing: put it back, or start again (--overwrite)")
     return checkpoint
 
 

@@ -74,8 +74,8 @@ def main(argv=None):
     model, train_batches, val_batches, metadata = prepare(settings, "cnn", checkpoint)
     whiten(model, next(iter(train_batches))[0])
     optimizer = make_optimizer(model, settings)
-    loop_settings = TrainingSettings.from_flags(settings)
-    last = train(model, optimizer, train_batches, val_batches, loop_settings, metadata, checkpoint)
+    options = TrainingSettings.from_flags(settings)
+    last = train(model, optimizer, train_batches, val_batches, options, metadata, checkpoint)
     print_next_steps(last, settings.out_dir)
 
 

@@ -65,8 +65,8 @@ def main(argv=None):
         teacher = load_teacher(settings.teacher, settings.out_dir, metadata, model)
         train_batches = DistillationBatches(train_batches, teacher)
     optimizer = make_optimizer(model, settings)
-    loop_settings = TrainingSettings.from_flags(settings)
-    last = train(model, optimizer, train_batches, val_batches, loop_settings, metadata, checkpoint)
+    options = TrainingSettings.from_flags(settings)
+    last = train(model, optimizer, train_batches, val_batches, options, metadata, checkpoint)
     print_next_steps(last, settings.out_dir)
 
 

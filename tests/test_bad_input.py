@@ -12,7 +12,9 @@ import explain
 import train_cnn
 from checkpoint import load_model
 from cli import UserError
-from data import load_data, read_image
+from data import load_data
+from folders import read_image
+from prepare import TrainedModel
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
 
@@ -162,13 +164,10 @@ def test_images_that_are_odd_but_good(tmp_path):
 def test_nothing_is_wrong(trained, tmp_path, fails, monkeypatch):
     """A network that is always right has no wrong images to show."""
 
-    def right(model, images, checkpoint, classes, device):
-        return torch.eye(10)[truth.pop(0)]
+    def right(model, split, classes):
+        return torch.eye(10)[split.labels[split.indices]]
 
-    order = torch.randperm(360, generator=torch.Generator().manual_seed(0))
-    labels = load_data("digits", ".").test.rows(order)[1]
-    truth = list(labels.split(explain.BATCH))
-    monkeypatch.setattr(explain, "probabilities", right)
+    monkeypatch.setattr(TrainedModel, "logits", right)
     line = fails(explain.main, trained["cnn"], "--show", "wrong", "--out-dir", tmp_path)
     assert "--show wrong: there is no such image" in line
 

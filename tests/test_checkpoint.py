@@ -10,6 +10,7 @@ import evaluate
 import explain
 from cli import UserError
 from models import count_parameters
+from prepare import load_data_for, load_models
 
 
 class RunsCode:
@@ -90,19 +91,19 @@ def damaged(kind, good, folder):
         ("bit flipped", "damaged"),
         ("pickle", "not a checkpoint"),
         ("torch pickle", "which could run code"),
-        ("other project's", "lacks a good 'model_name'"),
+        ("other project's", "'model_name' missing or wrong"),
         ("tensor", "not a checkpoint of this project"),
         ("other shapes", "do not fit"),
         ("lacks a tensor", "head.bias"),
         ("unknown model", "unknown model 'rnn'"),
         ("unknown argument", "colour"),
-        ("no history", "no epoch"),
-        ("no data set", "lacks a good 'dataset'"),
-        ("two means", "lacks a good 'mean'"),
-        ("a deviation of 0", "lacks a good 'std'"),
-        ("equal classes", "lacks a good 'classes'"),
+        ("no history", "not finished an epoch"),
+        ("no data set", "'dataset' missing or wrong"),
+        ("two means", "'mean' missing or wrong"),
+        ("a deviation of 0", "'std' missing or wrong"),
+        ("equal classes", "'classes' missing or wrong"),
         ("too few classes", "it names 9 classes"),
-        ("NaN", "no finite numbers"),
+        ("NaN", "not finite"),
         ("compressed", "not a checkpoint"),
     ],
 )
@@ -160,10 +161,10 @@ def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
     state["dataset"]["name"] = "cifar10"
     other = tmp_path / "other.pt"
     checkpoint.save_checkpoint(other, state)
-    cards = {"a": checkpoint.load_checkpoint(trained["cnn"]), "b": state}
+    models = load_models([str(trained["cnn"]), str(other)], "cpu")
     with pytest.raises(UserError, match="differ in their data set"):
-        checkpoint.load_data_of(cards, None, None)
+        load_data_for(models, None, None)
     with pytest.raises(
         UserError, match=r"10 classes, the data set 2; .* only the data set has 'bright', 'dark'"
     ):
-        checkpoint.load_data_of(cards, "folder", photos)
+        load_data_for(models, "folder", photos)

@@ -17,7 +17,8 @@ from torchvision.datasets import CIFAR10
 
 import batches
 import data
-from batches import Batches, Taught
+import folders
+from batches import Batches, DistillationBatches
 from cli import UserError
 from data import Split, load_data
 
@@ -110,7 +111,7 @@ def test_every_image_is_a_flipped_shifted_copy_each_its_own(colours):
 
 
 def test_erasing_blanks_one_square_wherever(colours):
-    images = batches.normalise(colours.images, torch.zeros(3, 1, 1), torch.ones(3, 1, 1)) + 1
+    images = batches.Normaliser([0.0] * 3, [1.0] * 3)(colours.images) + 1 / 255
     out = batches.erase_square(images, torch.Generator().manual_seed(0), 8)
     blank = (out == 0).all(1)
     assert (blank.sum((1, 2)) == 64).all()
@@ -176,7 +177,7 @@ def test_taught_labels_give_the_mean_of_two_losses():
 
     images, labels, student = torch.randn(8, 3, 2, 2), torch.arange(8) % 5, torch.randn(8, 5)
     teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
-    taught = Taught([(images, labels)], teacher)
+    taught = DistillationBatches([(images, labels)], teacher)
     assert len(taught) == 1
     for x, y in taught:
         assert x is images and not y.requires_grad
@@ -274,8 +275,8 @@ def test_cache_is_used_and_a_changed_folder_invalidates_it(photos, tmp_path, mon
     before = load_data("folder", photos)
     assert len(list(photos.glob(".cache-32-*.npy"))) == 1
     calls = []
-    real = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda *a: calls.append(a) or real(*a))
+    real = folders.read_image
+    monkeypatch.setattr(folders, "read_image", lambda *a: calls.append(a) or real(*a))
     again = load_data("folder", photos)
     assert not calls and torch.equal(before.train.images, again.train.images)
     Image.new("RGB", (32, 32), "red").save(photos / "test" / "dark" / "00.png")
@@ -375,7 +376,7 @@ palette.putpalette([0, 0, 0, 10, 20, 30])
 def test_images_of_every_mode(tmp_path, image, suffix, options, color):
     path = tmp_path / f"image.{suffix}"
     image.save(path, **options)
-    read = data.read_image(path)
+    read = folders.read_image(path)
     assert read.mode == "RGB" and read.size == (6, 4)
     assert read.getpixel((2, 2)) == color
 
@@ -384,7 +385,7 @@ def test_a_photograph_taken_sideways_stands_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned clockwise
     sideways().save(tmp_path / "a.png", exif=exif)
-    read = data.read_image(tmp_path / "a.png")
+    read = folders.read_image(tmp_path / "a.png")
     assert read.size == (4, 6)
     assert read.getpixel((1, 1)) == (255, 0, 0) and read.getpixel((1, 5)) == (0, 0, 255)
 

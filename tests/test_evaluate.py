@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 
 import checkpoint
 import evaluate
+import figures
 import train_cnn
 from data import load_data
 
@@ -34,13 +35,13 @@ def test_a_class_without_images_is_no_error():
     logits = torch.eye(3).repeat(5, 1)
     ours = evaluate.measure(logits, torch.zeros(15, dtype=torch.long), ["a", "b", "c"])
     assert ours["per_class"]["b"]["support"] == 0
-    evaluate.plot_confusion({"m": ours}, ["a", "b", "c"])
+    figures.plot_confusion({"m": ours}, ["a", "b", "c"])
 
 
 def test_rows_of_the_confusion_figure_are_true_classes():
     logits = torch.eye(2)[[0, 0, 1]]
     ours = evaluate.measure(logits, torch.tensor([0, 1, 1]), ["a", "b"])
-    (axes,) = evaluate.plot_confusion({"m": ours}, ["a", "b"]).axes
+    (axes,) = figures.plot_confusion({"m": ours}, ["a", "b"]).axes
     cells = {(round(t.get_position()[1]), round(t.get_position()[0])): [] for t in axes.texts}
     for text in axes.texts:
         x, y = text.get_position()

@@ -1,16 +1,22 @@
 """Each patch of EXERCISES.md, applied to a copy of the scripts and run; is its effect there?"""
 
 import importlib
+import itertools
+import json
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_VIT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models as original_models
+import training as original_training
 
 PATCHES = ROOT / "tests" / "exercises"
 SHORT = ["--dataset", "digits", "--device", "cpu", "--epochs", "2"]
@@ -28,10 +34,11 @@ def apply(name, folder):
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
     """`edited(name)` applies a patch to a copy; returns a function that imports its modules."""
-    ours = [file.stem for file in ROOT.glob("*.py")]
+    ours = set()
 
     def make(name):
         apply(name, tmp_path)
+        ours.update(file.stem for file in tmp_path.glob("*.py"))
         for module in ours:
             monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.syspath_prepend(tmp_path)
@@ -48,7 +55,7 @@ def run(edited, tmp_path):
 
     def call(name, script="train_cnn", *flags):
         module = edited(name)
-        tiny = SMALL_CNN if script == "train_cnn" else TINY_VIT
+        tiny = {"train_cnn": SMALL_CNN, "train_vit": TINY_VIT}.get(script, [])
         out = ["--out-dir", str(tmp_path / "run")]
         module(script).main([*SHORT, *tiny, *out, *flags])
         return module, module("checkpoint").load_checkpoint(tmp_path / "run" / "last.pt")
@@ -79,12 +86,13 @@ def test_edits_are_small_and_each_is_explained():
     for file in sorted(PATCHES.glob("*.patch")):
         assert file.stem in text, file.stem
         lines = file.read_text().splitlines()
-        assert sum(line.startswith("+++") for line in lines) == 1, f"{file.stem}: one file each"
+        files = sum(line.startswith("+++") for line in lines)
+        assert files == 1 + (file.stem == "11-network"), f"{file.stem}: one file each"
         added, removed = (
             sum(line[:1] == sign and line[:3] != 3 * sign for line in lines) for sign in "+-"
         )
         sizes.append(max(added, removed))
-    assert len(sizes) == 15 and sorted(sizes[:10])[5] <= 4
+    assert len(sizes) == 18 and sorted(sizes[:13])[6] <= 4
 
 
 def test_optimizer(run, before):
@@ -132,13 +140,25 @@ def test_stage(edited):
     assert models.count_parameters(model) < 559_178
 
 
-def test_attention_scale(edited):
-    attention = edited("06-attention-scale")("models").Attention(8, 2)
+def test_attention_scale(run, tmp_path, capsys, monkeypatch):
+    """The attention is as asked for, and a checkpoint of it warns where the edit is taken back."""
+    module, _ = run("06-attention-scale", "train_vit")
+    attention = module("models").Attention(8, 2)
     x = torch.randn(1, 5, 8)
     out, weights = attention(x, return_attention=True)
     q, k, _ = attention.qkv(x).view(5, 3, 2, 4).permute(1, 2, 0, 3)
     torch.testing.assert_close(weights[0], (q @ k.mT).softmax(-1))
     torch.testing.assert_close(attention(x), out)
+
+    path = tmp_path / "run" / "best.pt"
+    capsys.readouterr()
+    module("checkpoint").load_model(path)
+    assert capsys.readouterr().err == ""  # the network that was trained
+    monkeypatch.setattr(module("checkpoint"), "build_model", original_models.build_model)
+    module("checkpoint").load_model(path)
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: {path}: its network computes other logits")
+    assert err.count("\n") == 1
 
 
 def test_data_set(run):
@@ -168,20 +188,85 @@ def test_gradient_norms(run, tmp_path):
 def test_cam(edited, trained):
     """HiResCAM is Grad-CAM where the gradient is the same all over the map: for the CNN."""
     module = edited("10-cam")
-    new = module("explain")
+    new = module("attribution")
     images = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for name, path in trained.items():
         model, _ = module("checkpoint").load_model(path)
         features, inside = model.forward_features(images, return_intermediates=True)
-        A = inside["tokens"] if name == "vit" else inside[-1]
+        A = inside["tokens" if name == "vit" else "map"][-1]
         (gradient,) = torch.autograd.grad(model.forward_head(features).diag().sum(), A)
         if name == "vit":
-            A, gradient = new.patch_grid(A), new.patch_grid(gradient)
+            A, gradient = new.token_map(A), new.token_map(gradient)
         weighted = gradient.mean((2, 3), keepdim=True) * A
         maps = new.grad_cam(model, images, torch.arange(10))
         torch.testing.assert_close(maps, F.relu((gradient * A).sum(1)))
         assert torch.allclose(maps, F.relu(weighted.sum(1)), atol=1e-6) == (name == "cnn")
         assert maps.max() > 1e-3
+
+
+def test_network_of_ones_own(run, tmp_path, capsys):
+    """An MLP-Mixer trains, resumes, is evaluated and explained by the scripts as they are."""
+    tiny = ["--dim", "16", "--depth", "1", "--patch-size", "8"]
+    module, last = run("11-network", "train_mixer", *tiny)
+    assert last["model_name"] == "mixer" and last["history"][1]["train_loss"] < 2.3
+    best = str(tmp_path / "run" / "best.pt")
+    assert f"python explain.py {best}" in capsys.readouterr().out
+    module("evaluate").main([best, "--out-dir", str(tmp_path / "evaluation")])
+    (found,) = json.loads((tmp_path / "evaluation" / "metrics.json").read_text()).values()
+    assert found["accuracy"] > 0.2 and found["model"] == "mixer"
+    module("explain").main([best, "--count", "2", "--save-maps", "--out-dir", str(tmp_path)])
+    maps = np.load(tmp_path / "run_maps-any.npz")["run_grad-cam_predicted"]
+    assert maps.shape == (2, 4, 4) and maps.max() > 0
+
+
+def test_range_test(edited):
+    lr_at = edited("12-range-test")("training").lr_at
+    rates = [lr_at(step, 500, 0.2, 10.0) for step in range(501)]
+    assert rates[0] == pytest.approx(1e-4) and rates[500] == pytest.approx(10)
+    ratios = [b / a for a, b in itertools.pairwise(rates)]
+    assert ratios == pytest.approx([1e5 ** (1 / 500)] * 500)
+
+
+def test_untrained(tmp_path):
+    """At a rate of nearly 0 the weights stay those of the start, and the maps are different."""
+    import explain
+    import train_cnn
+    from checkpoint import load_checkpoint
+    from models import build_model
+
+    rates = ["--lr", "1e-30", "--muon-lr", "1e-30"]
+    out = ["--out-dir", str(tmp_path / "untrained")]
+    train_cnn.main([*SHORT[:-1], "1", *SMALL_CNN, *rates, *out])
+    best = load_checkpoint(tmp_path / "untrained" / "best.pt")
+    torch.manual_seed(0)
+    start = build_model("cnn", best["model_config"])
+    for name, parameter in start.named_parameters():
+        if name != "stem.weight":  # whitened
+            torch.testing.assert_close(best["model"][name], parameter.detach())
+    assert "python explain.py" in (ROOT / "EXERCISES.md").read_text()
+    explain.main([str(tmp_path / "untrained" / "best.pt"), "--out-dir", str(tmp_path)])
+
+
+def test_accumulation(edited, tmp_path):
+    """Four batches of 8 images take the step that one batch of 32 takes."""
+    module = edited("14-accumulation")
+    training, models = module("training"), module("models")
+    make_metadata = module("checkpoint").make_metadata
+    images, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
+    config = {"classes": 10, "dim": 16, "depth": 1, "heads": 2, "patch_size": 8}
+    metadata = make_metadata(
+        "vit", config, classes=list("0123456789"), mean=[0.5] * 3, std=[0.25] * 3
+    )
+    weights = []
+    for train, size in ((training.train, 8), (original_training.train, 32)):
+        torch.manual_seed(0)
+        model = models.ViT(**config)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+        batches = list(zip(images.split(size), labels.split(size), strict=True))
+        settings = training.TrainingSettings(out_dir=tmp_path / str(size), epochs=2, lr=0.1)
+        assert train(model, optimizer, batches, None, settings, metadata)["step"] == 4
+        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- break it

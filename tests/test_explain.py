@@ -3,10 +3,12 @@ import pytest
 import torch
 from PIL import Image
 
+import attribution
 import explain
 import figures
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from models import CNN, ViT
+from prepare import load_models, read_photographs
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def test_grad_cam_equals_captums(cnn, images):
     theirs = attr.LayerGradCam(cnn, cnn.stages[-1]).attribute(
         images, target=TARGETS, relu_attributions=True
     )
-    ours = explain.grad_cam(cnn, images, TARGETS)
+    ours = attribution.grad_cam(cnn, images, TARGETS)
     assert ours.max() > 1e-3
     torch.testing.assert_close(ours, theirs[:, 0], rtol=1e-5, atol=1e-7)
 
@@ -48,7 +50,7 @@ def test_grad_cam_equals_pytorch_grad_cams(cnn, images):
     cam = pytest.importorskip("pytorch_grad_cam")
     targets = [cam.utils.model_targets.ClassifierOutputTarget(t.item()) for t in TARGETS]
     theirs = cam.GradCAM(cnn, [cnn.stages[-1]])(images, targets)
-    ours, compared = explain.grad_cam(cnn, images, TARGETS), 0
+    ours, compared = attribution.grad_cam(cnn, images, TARGETS), 0
     for heat, expected in zip(ours, theirs, strict=True):
         if heat.max() > 0:
             compared += 1
@@ -64,10 +66,10 @@ def test_vit_grad_cam_has_the_gradients_that_captum_finds(vit, images):
     _, found = vit.forward_features(images, return_intermediates=True)
     gradient, A = (
         tokens[:, 1:].unflatten(1, (8, 8)).movedim(-1, 1)
-        for tokens in (raw / found["tokens"], found["tokens"])
+        for tokens in (raw / found["tokens"][-1], found["tokens"][-1])
     )
     expected = (gradient.mean((2, 3), keepdim=True) * A).sum(1).relu()
-    ours = explain.grad_cam(vit, images, TARGETS)
+    ours = attribution.grad_cam(vit, images, TARGETS)
     assert ours.max() > 0
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
@@ -76,29 +78,32 @@ def test_grad_cam_equals_the_closed_form_class_map(cnn, images):
     """A map, its average, a linear layer: dz_c/dA is W_c / (h w), so the sum is W_c . A / (h w)."""
     A = cnn.forward_features(images)
     closed = torch.einsum("bk,bkhw->bhw", cnn.head.weight[TARGETS], A).relu() / 64
-    torch.testing.assert_close(explain.grad_cam(cnn, images, TARGETS), closed, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        attribution.grad_cam(cnn, images, TARGETS), closed, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_last_blocks_output_would_give_the_vit_no_gradient(vit, images):
     """The trap that `tokens` avoids: after the last attention patches no longer matter."""
     x, found = vit.forward_features(images, return_intermediates=True)
     score = vit.forward_head(x).gather(1, TARGETS[:, None]).sum()
-    after, before = torch.autograd.grad(score, [x, found["tokens"]])
+    after, before = torch.autograd.grad(score, [x, found["tokens"][-1]])
     assert (after[:, 1:] == 0).all() and (before[:, 1:] != 0).any()
 
 
-@pytest.mark.parametrize("method", ["grad-cam", "attention", "rollout"])
+@pytest.mark.parametrize("method", ["grad-cam", "attention", "rollout", "input-x-gradient"])
 def test_batch_equals_single_images_and_leaves_the_model_alone(vit, images, method):
     state = torch.get_rng_state()
-    maps = explain.METHODS[method](vit, images, TARGETS)
-    assert maps.shape == (6, 8, 8) and not maps.requires_grad
+    maps = attribution.METHODS[method].compute(vit, images, TARGETS)
+    side = 32 if method == "input-x-gradient" else 8
+    assert maps.shape == (6, side, side) and not maps.requires_grad and maps.abs().max() > 0
     for i in range(6):
-        one = explain.METHODS[method](vit, images[i : i + 1], TARGETS[i : i + 1])
+        one = attribution.METHODS[method].compute(vit, images[i : i + 1], TARGETS[i : i + 1])
         torch.testing.assert_close(maps[i], one[0], rtol=1e-4, atol=1e-6)
     assert all(p.grad is None and p.requires_grad for p in vit.parameters())
     assert not vit.training and torch.equal(state, torch.get_rng_state())
     with torch.no_grad():
-        assert torch.equal(explain.METHODS[method](vit, images, TARGETS), maps)
+        assert torch.equal(attribution.METHODS[method].compute(vit, images, TARGETS), maps)
 
 
 def random_attention(L, N=17):
@@ -108,7 +113,7 @@ def random_attention(L, N=17):
 
 def test_rollout_rows_sum_to_one_and_equal_numpys_product():
     attentions = random_attention(4)
-    R = explain.rollout(attentions)
+    R = attribution.rollout(attentions)
     torch.testing.assert_close(R.sum(-1), torch.ones(2, 17), rtol=1e-5, atol=1e-5)
     for b in range(2):
         expected = np.linalg.multi_dot(
@@ -119,27 +124,27 @@ def test_rollout_rows_sum_to_one_and_equal_numpys_product():
 
 def test_attention_maps_are_the_class_tokens_rows_in_reading_order(vit, images):
     _, found = vit.forward_features(images, return_intermediates=True)
-    maps = explain.attention_maps(vit, images)
+    maps = attribution.attention_maps(vit, images)
     assert maps.shape == (6, 3, 3, 8, 8)
     for y, x in ((0, 0), (0, 7), (5, 2)):
         expected = found["attention"][1][:, 2, 0, 1 + 8 * y + x]
         torch.testing.assert_close(maps[:, 1, 2, y, x], expected)
     last = found["attention"][-1][:, :, 0, 1:].mean(1).reshape(6, 8, 8)
-    torch.testing.assert_close(explain.last_attention(vit, images), last)
-    whole = explain.rollout(found["attention"])
-    rolled = explain.attention_rollout(vit, images)
+    torch.testing.assert_close(attribution.last_attention(vit, images), last)
+    whole = attribution.rollout(found["attention"])
+    rolled = attribution.attention_rollout(vit, images)
     for y, x in ((0, 0), (0, 7), (5, 2)):
         torch.testing.assert_close(rolled[:, y, x], whole[:, 0, 1 + 8 * y + x])
 
 
-def test_photographs_are_cut_to_their_middle(tmp_path):
+def test_photographs_are_cut_to_their_middle(trained, tmp_path):
     photo = Image.new("RGB", (120, 40), "red")
     photo.paste("lime", (40, 0, 80, 40))
     photo.save(tmp_path / "wide.png")
     photo.rotate(90, expand=True).save(tmp_path / "tall.png")
-    _, pictures, images = explain.read_photographs(
-        [tmp_path / "wide.png", tmp_path / "tall.png"], 32
-    )
+    models = load_models([str(trained["cnn"])], "cpu")
+    found = read_photographs([tmp_path / "wide.png", tmp_path / "tall.png"], models, 32)
+    pictures, images = found.pictures, found.split.images
     assert [p.shape for p in pictures] == [(40, 40, 3)] * 2 and images.shape == (2, 3, 32, 32)
     for i in range(2):
         for inner in (
@@ -158,7 +163,7 @@ def test_a_map_lies_where_its_pixels_are():
         model.head.weight.fill_(1)
     images = torch.zeros(1, 3, 32, 32)
     images[:, :, 20:24, 4:8] = 1
-    heat = explain.grad_cam(model, images, torch.tensor([0]))[0]
+    heat = attribution.grad_cam(model, images, torch.tensor([0]))[0]
     assert divmod(heat.argmax().item(), 8) == (5, 1)
     picture = figures.overlay(np.zeros((320, 320, 3), dtype=np.uint8), heat)
     assert picture[220, 60, 0] > picture[60, 220, 0]  # red where it is hot, blue elsewhere
@@ -195,7 +200,7 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     mean, std = (255 * torch.tensor(checkpoint[key]).view(3, 1, 1) for key in ("mean", "std"))
     x = (images - mean) / std
     assert model(x).argmax(1).tolist() == maps["predictions"][0].tolist()
-    seven = explain.grad_cam(model, x, torch.full((3,), 7))
+    seven = attribution.grad_cam(model, x, torch.full((3,), 7))
     np.testing.assert_allclose(maps["digits-cnn_grad-cam_7"], seven, rtol=1e-5)
     assert maps["digits-vit_rollout"].shape == (3, 4, 4)
 
@@ -266,9 +271,9 @@ def test_same_names_and_dollars_are_kept_apart(trained, photos, tmp_path):
         (["--target", "dog"], "--target dog: the classes are 0, 1"),
         (["--images", "no-such.jpg"], "no-such.jpg"),
         (["--images", "README.md", "no-such.jpg", "--count", "3"], "--count is for test images"),
-        (["--method", "rollout", "--target", "3"], "--target is for Grad-CAM alone"),
+        (["--method", "rollout", "--target", "3"], "--target is for grad-cam and"),
         (["--count", "0"], "--count"),
-        (["--method", "rollout"], "--method rollout: a CNN has no attention"),
+        (["--method", "rollout"], "--method rollout: digits-cnn does not offer what it needs"),
         (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere"),
     ],
 )

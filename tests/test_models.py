@@ -72,21 +72,21 @@ def test_forward_is_head_of_features_with_or_without_intermediates(model, images
 
 def test_cnns_last_map_is_8_by_8(images):
     model = recipe_model("cnn")
-    x, outputs = model.forward_features(images, return_intermediates=True)
-    assert x.shape[2:] == (8, 8) and outputs[-1] is x
-    assert [tuple(o.shape[2:]) for o in outputs] == [(16, 16), (8, 8)]
+    x, found = model.forward_features(images, return_intermediates=True)
+    assert x.shape[2:] == (8, 8) and found["map"][-1] is x
+    assert [tuple(m.shape[2:]) for m in found["map"]] == [(16, 16), (8, 8)]
 
 
 def test_vits_intermediates(images):
     model = recipe_model("vit").eval()
     x, found = model.forward_features(images, return_intermediates=True)
-    assert x.shape == (4, 65, 192) and found["tokens"].shape == x.shape
-    assert len(found["attention"]) == len(model.blocks)
+    assert x.shape == (4, 65, 192) and found["tokens"][-1].shape == x.shape
+    assert len(found["attention"]) == len(found["tokens"]) == len(model.blocks)
     for attention in found["attention"]:
         assert attention.shape == (4, VIT_RECIPE["heads"], 65, 65)
         torch.testing.assert_close(attention.sum(-1), torch.ones(4, VIT_RECIPE["heads"], 65))
     score = model.forward_head(x)[:, 0].sum()
-    gradients = torch.autograd.grad(score, [*found["attention"], found["tokens"]])
+    gradients = torch.autograd.grad(score, [*found["attention"], *found["tokens"]])
     assert all(g.abs().sum() > 0 for g in gradients)
 
 
@@ -149,7 +149,7 @@ def test_vit_equals_torchvisions_with_copied_weights(images):
         (lambda: ViT(patch_size=64), "does not divide an image of 32"),
         (lambda: ViT(dim=100, heads=3), "heads 3 does not divide dim 100"),
         (lambda: ViT(depth=0), "at least 1"),
-        (lambda: CNN(widths=(8, 8), depths=(1,)), "give as many to both"),
+        (lambda: CNN(widths=(8, 8), depths=(1,)), "give one each per stage"),
         (lambda: CNN(widths=(0, 8), depths=(1, 1)), "at least 1"),
         (lambda: CNN(widths=(8,) * 5, depths=(0,) * 5), "widths: 5 stages"),
         (lambda: ViT(mlp_ratio=0.001), "at least 1"),

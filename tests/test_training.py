@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import shutil
@@ -14,19 +15,21 @@ from torch.utils.data import DataLoader, TensorDataset
 import cli
 import evaluate
 import explain
-import recipe
+import optimizers
+import prepare
+import settings as settings_module
 import train_cnn
 import train_vit
 import training
 from batches import Batches
-from checkpoint import KEYS, load_checkpoint, load_model, save_checkpoint
+from checkpoint import load_checkpoint, load_model, make_metadata, save_checkpoint
 from data import load_data
-from models import CNN, ViT
-from training import choose_amp, epoch_seed, lr_at, update_average
+from models import CNN, MODELS, ViT
+from optimizers import Muon, muon_and_adamw
+from training import TrainingSettings, epoch_seed, lr_at, update_average
 
 FAST = ["--dataset", "digits", "--device", "cpu", "--limit-batches", "5"]
 RANDOM = ["--drop-path", "0.1", "--mix", "0.5", "--auto-augment"]
-CARD = "model_name model_config settings classes mean std dataset versions".split()
 
 
 def test_lr_at_its_corners():
@@ -58,10 +61,10 @@ def test_average_follows_a_constant_exactly_and_a_change_by_one_minus_d():
 
 def test_amp_chosen():
     cpu = torch.device("cpu")
-    assert choose_amp("auto", cpu) is None and choose_amp("off", cpu) is None
-    assert choose_amp("bf16", cpu) is torch.bfloat16
+    assert cli.choose_amp("auto", cpu) is None and cli.choose_amp("off", cpu) is None
+    assert cli.choose_amp("bf16", cpu) is torch.bfloat16
     with pytest.raises(cli.UserError, match="--amp fp16"):
-        choose_amp("fp16", cpu)
+        cli.choose_amp("fp16", cpu)
 
 
 def test_muon_has_the_hidden_matrices_and_decay_spares_norms_biases_and_positions():
@@ -82,7 +85,7 @@ def test_muon_has_the_hidden_matrices_and_decay_spares_norms_biases_and_position
     ):  # fmt: skip
         hidden = model.blocks if isinstance(model, ViT) else model.stages
         names = {id(p): n for n, p in model.named_parameters()}
-        muon, decayed, rest = training.muon_and_adamw(model, hidden, settings).param_groups
+        muon, decayed, rest = muon_and_adamw(model, hidden, settings).param_groups
         assert {names[id(p)] for p in muon["params"]} == matrices
         assert {names[id(p)] for p in decayed["params"]} == weights
         assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
@@ -91,23 +94,36 @@ def test_muon_has_the_hidden_matrices_and_decay_spares_norms_biases_and_position
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("channels", [4, 1])
-def test_muon_takes_filters_as_matrices(memory, channels):
-    """Three steps as those of torch.optim.Muon on the matrix, with a rate that changes."""
-    start = torch.randn(6, channels, 3, 3)
-    filters = torch.nn.Parameter(start.clone(memory_format=memory))
-    matrix = torch.nn.Parameter(start.flatten(1).clone())
-    ours = training.FilterMuon({"params": [filters]}, lr=0.1, weight_decay=0.1)
-    reference = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.1)
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 1, 3, 3), (64, 2, 3, 3), (6, 9), (9, 6)])
+def test_muon_steps_are_those_of_pytorch(memory, shape, monkeypatch):
+    """Three steps in bfloat16, as torch.optim.Muon takes them on matrices; the rate changes."""
+    monkeypatch.setattr(optimizers, "iteration_type", lambda device: torch.bfloat16)
+    memory = {"memory_format": memory} if len(shape) == 4 else {}
+    start = torch.randn(shape)
+    ours, theirs = (
+        torch.nn.Parameter(w) for w in (start.clone(**memory), start.flatten(1).clone())
+    )
+    muon = Muon({"params": [ours]}, lr=0.1, weight_decay=0.1)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1)
     for lr in (0.1, 0.3, 0.2):
-        gradient = torch.randn(6, channels, 3, 3)
-        filters.grad = gradient.to(memory_format=memory)
-        matrix.grad = gradient.flatten(1).clone()
-        for optimizer in (ours, reference):
+        gradient = torch.randn(shape)
+        ours.grad, theirs.grad = gradient.to(**memory), gradient.flatten(1).clone()
+        for optimizer in (muon, reference):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-        torch.testing.assert_close(filters.flatten(1), matrix)
-    assert (filters - start).norm() > 0.1
+        torch.testing.assert_close(ours.flatten(1), theirs)
+    assert (ours - start).norm() > 0.1
+
+
+def test_muon_in_float32_agrees_with_bfloat16_and_with_the_singular_vectors():
+    matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(0))
+    ours = optimizers.orthogonalise(matrix, torch.float32)
+    half = optimizers.orthogonalise(matrix, torch.bfloat16)
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), half.flatten(), dim=0) > 0.999
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    inside = u.T @ ours @ vt.T  # diagonal, since only the singular values change
+    assert (inside - inside.diag().diag()).abs().max() < 1e-4
+    assert inside.diag().min() > 0.6 and inside.diag().max() < 1.3
 
 
 @pytest.mark.parametrize("stem", [6, 5])
@@ -207,7 +223,7 @@ def test_other_seed_other_run_same_splits(tmp_path, monkeypatch):
         splits.append([p.indices.tolist() for p in (data.train, data.val, data.test)])
         return data
 
-    monkeypatch.setattr(recipe, "load_data", load)
+    monkeypatch.setattr(prepare, "load_data", load)
     for i, seed in enumerate(("0", "0", "1")):
         argv = [*FAST, *TINY_CNN, "--epochs", "1", "--seed", seed, "--out-dir", tmp_path / str(i)]
         train_cnn.main(list(map(str, argv)))
@@ -226,9 +242,10 @@ def test_without_validation_best_is_the_last_epoch(tmp_path):
 def test_a_dataloader_swaps_in_and_is_seeded_by_the_loop(tmp_path):
     images, labels = torch.randn(96, 3, 32, 32), torch.arange(96) % 10
     loader = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
-    recipe = {**train_cnn.RECIPE, "epochs": 2, "amp": "off", "seed": 0, "limit_batches": None}
-    recipe["overwrite"] = False
-    card = {key: KEYS[key]() for key in CARD}
+    metadata = make_metadata(
+        "cnn", {"classes": 10, "stem": 4, "widths": [8, 8], "depths": [0, 0]},
+        classes=list("0123456789"), mean=[0.5] * 3, std=[0.25] * 3,
+    )  # fmt: skip
     histories = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
@@ -236,34 +253,47 @@ def test_a_dataloader_swaps_in_and_is_seeded_by_the_loop(tmp_path):
         model = CNN(stem=4, widths=(8, 8), depths=(0, 0))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         torch.rand(len(folder.name) + len(histories))  # what was drawn before does not matter
-        settings = SimpleNamespace(**recipe, out_dir=folder)
-        state = training.train(model, optimizer, loader, loader, settings=settings, card=card)
+        settings = TrainingSettings(out_dir=folder, epochs=2, lr=0.1, warmup=0.2, ema_decay=0.9)
+        state = training.train(model, optimizer, loader, loader, settings, metadata)
+        assert load_model(folder / "best.pt")[1]["best"] == state["best"]
         assert state["step"] == 6
         histories.append(history_but_times(state))
     assert histories[0] == histories[1]
 
 
-def train_linear(folder, batches, model, optimizer, card=None, **changes) -> dict:
-    """The loop on a small model, without averaging or warm-up."""
-    settings = {"epochs": 2, "seed": 0, "lr": 0.5, "warmup": 0.0, "ema_decay": 0.0, "clip": 0.05}
-    settings |= {"label_smoothing": 0.2, "amp": "off", "limit_batches": None, "out_dir": folder}
-    settings["overwrite"] = False
-    settings = SimpleNamespace(**settings | changes)
-    card = card or {key: KEYS[key]() for key in CARD}
-    return training.train(model, optimizer, batches, None, settings=settings, card=card)
+class Linear(torch.nn.Sequential):
+    """A network of one layer, for images of 2×2 pixels."""
+
+    def __init__(self, classes: int):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(12, classes))
 
 
-def test_best_pt_has_the_weights_that_were_best_on_validation(trained, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    monkeypatch.setitem(MODELS, "linear", Linear)
+
+
+def train_linear(folder, batches, model, optimizer, **changes) -> dict:
+    """The loop called by hand on a small network, without averaging or warm-up."""
+    settings = {"epochs": 2, "lr": 0.5, "clip": 0.05, "label_smoothing": 0.2, "out_dir": folder}
+    metadata = make_metadata(
+        "linear", {"classes": 5}, classes=list("abcde"), mean=[0.5] * 3, std=[0.25] * 3,
+        dataset={"image_size": 2}, settings={"epochs": 2},
+    )  # fmt: skip
+    settings = TrainingSettings(**settings | changes)
+    return training.train(model, optimizer, batches, None, settings, metadata)
+
+
+def test_best_pt_has_the_weights_that_were_best_on_validation(tmp_path, monkeypatch):
     model, batches, optimizer = linear_and_batches()
-    found, weights = iter([(1.0, 0.5), (1.0, 0.9), (1.0, 0.7)]), []
+    accuracies, weights = iter([0.5, 0.9, 0.7]), []
 
     def scripted(model, *_):
         weights.append({name: value.clone() for name, value in model.state_dict().items()})
-        return next(found)
+        return {"val_loss": 1.0, "val_accuracy": next(accuracies)}
 
     monkeypatch.setattr(training, "validate", scripted)
-    card = {key: load_checkpoint(trained["cnn"])[key] for key in CARD}
-    train_linear(tmp_path, batches, model, optimizer, epochs=3, card=card)
+    train_linear(tmp_path, batches, model, optimizer, epochs=3)
     best, last = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("best", "last"))
     for state, epoch in ((best, 2), (last, 3)):
         assert state["epoch"] == epoch and len(state["history"]) == 3
@@ -275,13 +305,13 @@ def test_best_pt_has_the_weights_that_were_best_on_validation(trained, tmp_path,
 def test_validation_is_the_smoothed_loss_and_accuracy_of_all_images():
     model, batches, _ = linear_and_batches()
     batches[2] = tuple(part[:3] for part in batches[2])  # an incomplete batch counts as much less
-    settings = SimpleNamespace(label_smoothing=0.2, limit_batches=None)
-    loss, accuracy = training.validate(model, batches, settings)
+    settings = TrainingSettings(out_dir="", label_smoothing=0.2)
+    found = training.validate(model, batches, settings, contextlib.nullcontext())
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     log_p = model(images).log_softmax(1)
     targets = 0.8 * torch.eye(5)[labels] + 0.2 / 5
-    assert loss == pytest.approx(-(targets * log_p).sum(1).mean().item(), rel=1e-5)
-    assert accuracy == (log_p.argmax(1) == labels).sum().item() / 19
+    assert found["val_loss"] == pytest.approx(-(targets * log_p).sum(1).mean().item(), rel=1e-5)
+    assert found["val_accuracy"] == (log_p.argmax(1) == labels).sum().item() / 19
 
 
 def test_a_group_may_have_a_rate_of_its_own(tmp_path):
@@ -294,7 +324,7 @@ def test_a_group_may_have_a_rate_of_its_own(tmp_path):
 
 def linear_and_batches():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    model = Linear(5)
     batches = [(torch.randn(8, 3, 2, 2), torch.randint(5, (8,))) for _ in range(3)]
     return model, batches, torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9)
 
@@ -338,7 +368,7 @@ def test_muon_gets_unscaled_gradients_and_skips_infinite_ones():
     torch.manual_seed(0)
     model = CNN(stem=4, widths=(8,), depths=(0,))
     settings = SimpleNamespace(lr=0.1, muon_lr=0.1, weight_decay=0.1)
-    optimizer = training.muon_and_adamw(model, model.stages, settings)
+    optimizer = muon_and_adamw(model, model.stages, settings)
     images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
     loss = torch.nn.functional.cross_entropy(model(images), labels)
     parameters = list(model.parameters())
@@ -353,21 +383,20 @@ def test_muon_gets_unscaled_gradients_and_skips_infinite_ones():
         optimizer.zero_grad()
         moved = [not torch.equal(p, old) for p, old in zip(parameters, before, strict=True)]
         assert all(moved) if moves else not any(moved)
-    (matrix,) = optimizer.parts[0].muon.param_groups[0]["params"]
-    torch.testing.assert_close(matrix.grad.view_as(gradient), gradient, atol=1e-6, rtol=1e-4)
+    momentum = optimizer.parts[0].state[model.stages[0].conv.weight]["momentum_buffer"]
+    torch.testing.assert_close(momentum.view_as(gradient), 0.05 * gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkeypatch):
     argv = [*FAST, *TINY_CNN, "--epochs", "3", "--out-dir", str(tmp_path)]
-    real, calls = training.save_checkpoint, []
+    real = training.save_epoch
 
-    def killed_before_the_second_save(path, checkpoint):
-        calls.append(path)
+    def killed_before_the_second_save(out_dir, checkpoint):
         if checkpoint["epoch"] == 2:
             raise KeyboardInterrupt
-        real(path, checkpoint)
+        real(out_dir, checkpoint)
 
-    monkeypatch.setattr(training, "save_checkpoint", killed_before_the_second_save)
+    monkeypatch.setattr(training, "save_epoch", killed_before_the_second_save)
     with pytest.raises(SystemExit):
         train_cnn.main(argv)
     monkeypatch.undo()
@@ -392,12 +421,12 @@ def test_larger_images_of_a_folder(photos, tmp_path, script, tiny):
     argv += ["--epochs", 1, "--device", "cpu", "--out-dir", tmp_path / "run", *tiny]
     script.main([str(a) for a in argv])
     checkpoint = tmp_path / "run" / "best.pt"
-    model, card = load_model(checkpoint)
+    model, content = load_model(checkpoint)
     if isinstance(model, ViT):
         assert model.positions.shape == (1, 1 + 8 * 8, 16)
     else:
         assert model.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 16, 16)
-    assert card["dataset"]["image_size"] == 64
+    assert content["dataset"]["image_size"] == 64
     evaluate.main([str(checkpoint), "--out-dir", str(tmp_path / "evaluation")])
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics[str(checkpoint)]["images"] == 8
@@ -410,11 +439,12 @@ def test_sizes_are_not_mixed(trained, photos, tmp_path, fails):
     """Checkpoints of 64-pixel images beside, on, or as teachers of 32-pixel ones."""
     state = load_checkpoint(trained["cnn"])
     state["dataset"]["image_size"] = 64
+    del state["self_test"]  # which is of 32 pixels
     large = tmp_path / "large.pt"
     save_checkpoint(large, state)
     photo = photos / "test" / "dark" / "03.png"
     line = fails(explain.main, trained["cnn"], large, "--images", photo)
-    assert "different sizes" in line
+    assert "differ in their image size" in line
     assert "images of 64×64; digits has 32×32" in fails(evaluate.main, large)
     argv = [*FAST, *TINY_VIT, "--teacher", large, "--out-dir", tmp_path / "run"]
     assert "trained on other images, sizes" in fails(train_vit.main, *argv)
@@ -428,9 +458,9 @@ def test_a_test_split_that_has_changed_is_refused(photos, tmp_path, fails):
     best = tmp_path / "run" / "best.pt"
     evaluate.main([str(best), "--out-dir", str(tmp_path / "evaluation")])
     (root / "dark" / "05.png").rename(root / "dark" / "zz.png")
-    assert "have come, gone or changed" in fails(evaluate.main, best)
+    assert "files were added, removed or changed" in fails(evaluate.main, best)
     other_words = root / ".." / "photos"
-    assert "have come, gone" in fails(evaluate.main, best, "--data-dir", other_words)
+    assert "files were added" in fails(evaluate.main, best, "--data-dir", other_words)
     (root / "dark" / "zz.png").rename(root / "dark" / "05.png")
     evaluate.main([str(best), "--out-dir", str(tmp_path / "evaluation")])
 
@@ -497,7 +527,7 @@ def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
     assert "--teacher" in line and "(digits, 10 classes)" in line
     own = ["--teacher", tmp_path / "taught" / "best.pt", "--overwrite"]
     line = fails(train_vit.main, *argv[:-2], *own, "--out-dir", tmp_path / "taught")
-    assert "lies in the out-dir" in line
+    assert "is in the out-dir" in line
     assert (tmp_path / "taught" / "last.pt").read_bytes() == before
 
 
@@ -519,7 +549,7 @@ def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
         (["--amp", "fp16"], "--amp fp16"),
         (["--seed", str(2**64)], "--seed"),
         (["--resume", "--overwrite"], "not allowed with"),
-        (["--resume"], "--resume: there is no"),
+        (["--resume"], "--resume: there is no file"),
         (["--dataset", "folder", "--data-dir", "no/such/place"], "--data-dir no/such/place"),
         (["--val-fraction", "0.001"], "--val-fraction 0.001"),
         (["--dim", "400000000"], "--dim 400000000 --depth 2"),
@@ -604,7 +634,7 @@ def test_resume_refuses_other_groups_and_other_optimizers(trained, tmp_path, fai
         for group in groups:
             del group["betas"]
     elif other == "Muon for SGD":
-        del state["optimizer"][0]["param_groups"][0]["ns_steps"]
+        del state["optimizer"][0]["param_groups"][0]["momentum"]
     else:
         state["optimizer"] = state["optimizer"][1]
     save_checkpoint(tmp_path / "last.pt", state)
@@ -632,16 +662,15 @@ def test_an_overwriting_run_that_fails_leaves_the_old_one(tmp_path, fails):
 
 def test_what_is_typed_goes_before_digits_and_digits_before_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there are no runs
-    parser = recipe.recipe_parser("", {}, {})
-    parser.set_defaults(**train_cnn.RECIPE)
     changes = ({"clip": 3.0, "lr": 0.1, "warmup": 0.5}, train_cnn.DIGITS)
+    parser = settings_module.training_parser("", train_cnn.RECIPE, *changes)
     argv = ["--recipe", "best", "--dataset", "digits", "--lr", "0.3"]
-    settings, _ = recipe.parse_settings(parser, argv, "cnn", *changes)
+    settings, _ = settings_module.parse_settings(parser, argv, "cnn", *changes)
     assert settings.clip == 3.0 and settings.warmup == 0.5
     assert settings.out_dir == Path("runs/digits-cnn-best")
     assert settings.lr == 0.3 and settings.flip is False
     assert settings.batch_size == train_cnn.DIGITS["batch_size"]
     assert settings.weight_decay == train_cnn.RECIPE["weight_decay"]
-    settings, _ = recipe.parse_settings(parser, ["--lr", "0.3"], "cnn", *changes)
+    settings, _ = settings_module.parse_settings(parser, ["--lr", "0.3"], "cnn", *changes)
     assert settings.clip == train_cnn.RECIPE["clip"] and settings.lr == 0.3
     assert settings.flip is True and settings.batch_size == train_cnn.RECIPE["batch_size"]
