@@ -1,83 +1,137 @@
-"""What the benchmarks share: a training as the scripts do it, and where results go."""
+"""What the benchmarks share: flags, the recipes' networks, training, timing, files of results."""
 
 import argparse
+import copy
+import dataclasses
 import datetime
 import json
 import platform
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-import train_cnn  # noqa: E402
-import train_vit  # noqa: E402
-from checkpoint import KEYS  # noqa: E402
-from models import build_model  # noqa: E402
-from recipe import make_batches  # noqa: E402
-from training import parameter_groups, train  # noqa: E402
+import models
+import train_cnn
+import train_vit
+import training
+from checkpoint import make_metadata, unwrap
+from cli import UserError, path_type
+from optimizers import parameter_groups
 
 SCRIPTS = {"cnn": train_cnn, "vit": train_vit}
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CARD = "model_name model_config settings classes mean std dataset versions".split()
+
+# ---------------------------------------------------------------- flags
+
+
+def add_folder_flag(parser) -> None:
+    """Add --data-dir, a folder of images."""
+    parser.add_argument("--data-dir", type=path_type, required=True, metavar="DIR",
+                        help="folder of images, such as data/cifar10-jpeg")  # fmt: skip
+
+
+def add_results_flag(parser, name: str) -> None:
+    """Add --results, a file in benchmarks/results unless another is given."""
+    parser.add_argument("--results", type=path_type, default=RESULTS / name, metavar="FILE",
+                        help="JSONL file that gets the results")  # fmt: skip
+
+
+# ---------------------------------------------------------------- training
 
 
 def recipe_settings(name: str, **changes) -> argparse.Namespace:
-    """The recipe of a script as its command line would give it, with some settings changed."""
-    common = {"seed": 0, "amp": "auto", "limit_batches": None}
+    """The settings of a script's recipe, updated with `changes`, and the number of classes."""
+    common = {"classes": 10, "seed": 0, "amp": "auto", "limit_batches": None}
     return argparse.Namespace(**SCRIPTS[name].RECIPE | common | changes)
 
 
-def train_for(model, optimizer, train_batches, val_batches, settings: dict, **changes) -> list:
-    """Our loop, with checkpoints and curves that are thrown away; returns the history."""
-    common = {"epochs": 1, "seed": 0, "amp": "auto", "limit_batches": None}
-    common |= {"lr": 1e-3, "warmup": 0.0}
-    with tempfile.TemporaryDirectory() as folder:
-        settings = argparse.Namespace(**common | settings | changes, out_dir=folder)
-        state = train(
-            model, optimizer, train_batches, val_batches,
-            settings=settings, card={key: KEYS[key]() for key in CARD},
-        )  # fmt: skip
-    return state["history"]
-
-
-def new_model(name: str, settings):
+def new_model(name: str, settings: argparse.Namespace) -> torch.nn.Module:
     """The recipe's network, on the device."""
-    script = SCRIPTS[name]
     torch.manual_seed(settings.seed)
-    model = build_model(name, {key: getattr(settings, key) for key in script.MODEL_SETTINGS})
+    model = models.build_model(name, models.model_arguments(name, vars(settings)))
     return model.to(DEVICE, memory_format=torch.channels_last)
 
 
-def new_training(name: str, settings, images):
-    """The recipe's network, started as its script does with some images, and its optimizer."""
+def new_training(name: str, settings: argparse.Namespace, images: torch.Tensor):
+    """The recipe's network and optimizer. The CNN's stem is whitened with `images`."""
     model = new_model(name, settings)
     if name == "cnn":
         train_cnn.whiten(model, images)
     return model, SCRIPTS[name].make_optimizer(model, settings)
 
 
-def run_recipe(name: str, data, **changes) -> tuple[float, int]:
-    """One epoch of a recipe without validation; seconds and images."""
-    settings = recipe_settings(name, epochs=1, **changes)
-    batches, _ = make_batches(data, settings, DEVICE)
-    model, optimizer = new_training(name, settings, next(iter(batches))[0])
-    row = train_for(model, optimizer, batches, None, vars(settings))[0]
-    return row["seconds"], row["step"] * settings.batch_size
-
-
 def adamw(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW for all of a network."""
+    """AdamW for all parameters of a network."""
     groups = parameter_groups(model.named_parameters())
     return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=True)
 
 
+def train_for(model, optimizer, train_batches, val_batches, *, classes, lr_at=None, **settings):
+    """Run `training.train` without keeping its files; return the history.
+
+    Args:
+        model: any network. It is registered as "benchmark" for the duration of the training.
+        optimizer: as for `train`.
+        train_batches: as for `train`.
+        val_batches: as for `train`.
+        classes: number of classes.
+        lr_at: a schedule to use instead of `training.lr_at`, with the same arguments.
+        **settings: those of `TrainingSettings`; others are ignored.
+    """
+    if not len(train_batches):
+        raise UserError("--data-dir: the training split has fewer images than a batch")
+    network, settings = unwrap(model), {"amp": "auto"} | settings
+    fields = [field.name for field in dataclasses.fields(training.TrainingSettings)]
+    metadata = make_metadata(
+        "benchmark", {"classes": classes}, classes=[str(i) for i in range(classes)],
+        mean=[0.0] * 3, std=[1.0] * 3, settings={"epochs": settings.get("epochs", 1)},
+    )  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(models.MODELS, benchmark=lambda classes: copy.deepcopy(network).cpu()),
+        mock.patch.object(training, "lr_at", lr_at or training.lr_at),
+    ):
+        chosen = {key: settings[key] for key in fields if key in settings} | {"out_dir": folder}
+        loop_settings = training.TrainingSettings(**chosen)
+        last = training.train(model, optimizer, train_batches, val_batches, loop_settings, metadata)
+    return last["history"]
+
+
+# ---------------------------------------------------------------- timing and results
+
+
+def in_turn(measurements: dict, rounds: int) -> dict[str, list]:
+    """Call each function once per round, in turn; return their results, by name.
+
+    The first round warms up: its results are dropped.
+    """
+    results = {name: [] for name in measurements}
+    for i in range(rounds + 1):
+        for name, measure in measurements.items():
+            result = measure()
+            if i > 0:
+                results[name].append(result)
+    return results
+
+
+def ratios(values: list[float], others: list[float]) -> list[float]:
+    """Each value divided by that of `others` from the same round."""
+    return [value / other for value, other in zip(values, others, strict=True)]
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The fraction of logits (N, C) that are highest at the label (N,)."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
 def append(file: Path, result: dict) -> None:
-    """Add a line to a file of results, with machine, versions and date."""
+    """Append a line to a JSONL file: the result with device, versions and date."""
     result |= {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),

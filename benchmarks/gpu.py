@@ -3,30 +3,37 @@ r"""All that is to be measured on a GPU, in three parts of at most eight minutes
     python benchmarks/gpu.py --part 1 --data-dir data/cifar10-jpeg --out-dir gpu
     python benchmarks/gpu.py --part 1 --data-dir data/cifar10-jpeg --out-dir try --tiny
 
-1. The fast recipes over three seeds, one after the other: time to 90% (CNN) and 71.1% (ViT)
+1. The fast recipes with three seeds, one after the other: time to 90% (CNN) and 71.1% (ViT)
    validation accuracy, at the recipe's batch size and at a larger one; then images per second,
-   share of the matrix peak, torch.compile on and off.
-2. The best CNN recipe over three seeds, beside separable-resnet's for as many epochs.
-3. The best ViT recipe over three seeds, beside Gani et al.'s for as many epochs.
+   fraction of the matrix peak, with and without torch.compile.
+2. The best CNN recipe with three seeds, beside separable-resnet's for as many epochs.
+3. The best ViT recipe with three seeds, beside that of Gani et al. for as many epochs.
 
-In parts 2 and 3 the trainings share the GPU, so their times are no measure of speed. What is not
-finished when the time is up is stopped, and what it has reached is measured. Logs, a JSON file a
-part and weights in half precision are written to --out-dir, the table is printed last. --tiny:
-three steps each, to try the script out on a CPU.
+In parts 2 and 3 the trainings share the GPU, so their times do not measure speed. When the time is
+up, unfinished trainings are stopped, and the weights reached by then are measured. Writes logs, a
+JSON file per part and weights in half precision into --out-dir, and prints a table. --tiny: a few
+steps each, one training after the other in this process, to try the script on a CPU.
 """
 
+import contextlib
+import dataclasses
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
-from common import ROOT
+import throughput
+import train_peer
+from common import SCRIPTS, add_folder_flag
 from seeds import measure
 
-from cli import Parser, command
+import checkpoint
+from cli import Parser, command, integer, make_out_dir, path_type, positive, run
 from data import load_data
 
 SEEDS = (0, 1, 2)
@@ -36,126 +43,124 @@ LARGE_BATCH = {
 }
 
 
-def start(name: str, command: list[str], out_dir: Path) -> subprocess.Popen:
-    """A script of ours in a process of its own, its output in <name>.log; old results go."""
-    shutil.rmtree(out_dir / "runs" / name, ignore_errors=True)
-    for suffix in ("json", "pt"):
-        (out_dir / f"{name}.{suffix}").unlink(missing_ok=True)
-    print(f"{name}: python {' '.join(command)}", flush=True)
-    log = (out_dir / f"{name}.log").open("w")
-    command = [sys.executable, str(ROOT / command[0]), *command[1:]]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+@dataclasses.dataclass
+class Job:
+    """A call of a script's `main(argv)`."""
+
+    name: str
+    script: types.ModuleType
+    argv: list[str]
 
 
-def wait(processes: dict[str, subprocess.Popen], deadline: float) -> None:
-    """Until all have ended, or the time is up; then all are told to end at once."""
-    while time.time() < deadline and any(p.poll() is None for p in processes.values()):
-        time.sleep(0.1)
+def run_jobs(args, *jobs: Job) -> None:
+    """Run the jobs side by side, a process each, until they end or the time is up.
+
+    With --tiny, run them one by one in this process. Output goes into <name>.log.
+    """
+    for job in jobs:
+        print(f"{job.name}: {Path(job.script.__file__).name} {' '.join(job.argv)}", flush=True)
+        shutil.rmtree(run_folder(args, job.name), ignore_errors=True)
+        for suffix in ("json", "pt"):
+            (args.out_dir / f"{job.name}.{suffix}").unlink(missing_ok=True)
+    if args.tiny:
+        for job in jobs:
+            with open_log(args, job) as log, contextlib.redirect_stdout(log):
+                job.script.main(job.argv)
+        return
+    processes = {job.name: start(args, job) for job in jobs}
+    try:
+        while time.time() < args.deadline and any(p.poll() is None for p in processes.values()):
+            time.sleep(0.1)
+    finally:  # also where this script is stopped
+        for name, process in processes.items():
+            if process.poll() is None:
+                print(f"{name}: stopped", flush=True)
+                process.terminate()
     for name, process in processes.items():
-        if process.poll() is None:
-            print(f"{name}: out of time, stopped", flush=True)
-            process.terminate()
-    for name, process in processes.items():
-        if process.wait() not in (0, 143):
+        if process.wait() not in (0, 143, -signal.SIGTERM):
             print(f"{name}: failed with {process.returncode}; see its log", flush=True)
 
 
-def trained(runs: dict[str, Path], target: float) -> dict:
-    """Each run measured on the test split; what has no checkpoint is left out."""
-    return {
-        name: measure(path / "best.pt", target)
-        for name, path in runs.items()
-        if (path / "best.pt").exists()
-    }
+def start(args, job: Job) -> subprocess.Popen:
+    """Start the job in a process of its own."""
+    command = [sys.executable, job.script.__file__, *job.argv]
+    with open_log(args, job) as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def part_1(args, deadline: float) -> dict:
-    few = ["--limit-batches", "3", "--epochs", "2"] if args.tiny else []
+def open_log(args, job: Job):
+    return (args.out_dir / f"{job.name}.log").open("w")
+
+
+def run_folder(args, name: str) -> Path:
+    return args.out_dir / "runs" / name
+
+
+def training_job(args, name: str, model: str, seed: int, *flags: str) -> Job:
+    """A training of ours, in --out-dir/runs/<name>."""
+    argv = ["--dataset", "folder", "--data-dir", str(args.data_dir), *flags, *args.limits]
+    argv += ["--seed", str(seed), "--out-dir", str(run_folder(args, name)), "--overwrite"]
+    return Job(name, SCRIPTS[model], argv)
+
+
+def measured(args, names: list[str], target: float) -> dict:
+    """What `seeds.measure` returns for each run; runs without a checkpoint are left out."""
+    files = {name: run_folder(args, name) / "best.pt" for name in names}
+    return {name: measure(file, target) for name, file in files.items() if file.exists()}
+
+
+def fast_recipes(args) -> dict:
+    """Part 1: trainings one after the other, then images per second."""
     results = {}
     for kind in ("fast", "fast-512"):
         for model, target in (("cnn", 0.9), ("vit", 0.711)):
-            flags, runs = (LARGE_BATCH[model] if kind == "fast-512" else []), {}
-            for seed in SEEDS[: 1 if args.tiny else None]:
-                name = f"{model}-{kind}-{seed}"
-                runs[name] = args.out_dir / "runs" / name
-                command = [f"train_{model}.py", *args.data, *flags, *few, "--seed", str(seed)]
-                command += ["--out-dir", str(runs[name]), "--overwrite"]
-                wait({name: start(name, command, args.out_dir)}, deadline)
-            results |= trained(runs, target)
+            flags, names = LARGE_BATCH[model] if kind == "fast-512" else [], []
+            for seed in args.seeds:
+                names.append(f"{model}-{kind}-{seed}")
+                run_jobs(args, training_job(args, names[-1], model, seed, *flags))
+            results |= measured(args, names, target)
+    size = ["--steps", "100", "--rounds", "3", "--compile", "--peak"]
+    if args.tiny:
+        size = ["--steps", "3", "--rounds", "1"]
     for model in ("cnn", "vit"):
-        rounds = (
-            ["--steps", "3", "--rounds", "1"]
-            if args.tiny
-            else ["--steps", "100", "--rounds", "3", "--compile"]
-        )
-        command = ["benchmarks/throughput.py", model, "--peak", *rounds]
-        command += ["--results", str(args.out_dir / "throughput.jsonl")]
-        wait({model: start(f"throughput-{model}", command, args.out_dir)}, deadline)
+        argv = [model, *size, "--results", str(args.out_dir / "throughput.jsonl")]
+        run_jobs(args, Job(f"throughput-{model}", throughput, argv))
+        print((args.out_dir / f"throughput-{model}.log").read_text())
     return results
 
 
-def best_and_peer(args, deadline: float, model: str, peer: str) -> dict:
-    few = ["--limit-batches", "3", "--epochs", "2"] if args.tiny else ["--epochs", str(args.epochs)]
-    runs, peers, processes = {}, {}, {}
-    for seed in SEEDS[: 1 if args.tiny else None]:
-        name = f"{model}-best-{seed}"
-        runs[name] = args.out_dir / "runs" / name
-        command = [f"train_{model}.py", *args.data, *few, "--recipe", "best", "--seed", str(seed)]
-        command += ["--out-dir", str(runs[name]), "--overwrite"]
-        processes[name] = start(name, command, args.out_dir)
+def best_and_peer(args, model: str, peer: str) -> dict:
+    """Parts 2 and 3: our best recipe and a published one, side by side."""
+    jobs, names, files = [], [], {}
+    for seed in args.seeds:
+        names.append(f"{model}-best-{seed}")
+        jobs.append(training_job(args, names[-1], model, seed, "--recipe", "best"))
         name = f"{peer}-peer-{seed}"
-        peers[name] = args.out_dir / f"{name}.json"
-        command = ["benchmarks/train_peer.py", peer, *args.data[2:], *few, "--seed", str(seed)]
-        command += ["--out", str(peers[name])]
-        processes[name] = start(name, command, args.out_dir)
-    wait(processes, deadline)
-    results = trained(runs, 0.9)
-    for name, path in runs.items():
-        if name in results:
-            weights = args.out_dir / f"{name}.pt"
-            command = ["checkpoint.py", str(path / "best.pt"), str(weights)]
-            start(f"export-{name}", command, args.out_dir).wait()
-    return results | {n: json.loads(p.read_text()) for n, p in peers.items() if p.exists()}
+        files[name] = args.out_dir / f"{name}.json"
+        argv = [peer, "--data-dir", str(args.data_dir), *args.limits, "--seed", str(seed)]
+        jobs.append(Job(name, train_peer, [*argv, "--out", str(files[name])]))
+    run_jobs(args, *jobs)
+    results = measured(args, names, 0.9)
+    for name in results:
+        best = run_folder(args, name) / "best.pt"
+        checkpoint.main([str(best), str(args.out_dir / f"{name}.pt")])
+    return results | {n: json.loads(file.read_text()) for n, file in files.items() if file.exists()}
 
 
-@command
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("--part", type=int, choices=(1, 2, 3), required=True, help="see above")
-    parser.add_argument("--data-dir", required=True, metavar="DIR",
-                        help="folder of images, such as data/cifar10-jpeg")  # fmt: skip
-    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR",
-                        help="where logs, results and weights go")  # fmt: skip
-    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="of parts 2 and 3")
-    parser.add_argument("--minutes", type=float, default=7.5, metavar="X", help="time of the part")
-    parser.add_argument("--tiny", action="store_true", help="three steps each")
-    args = parser.parse_args(argv)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    args.data = ["--dataset", "folder", "--data-dir", args.data_dir]
-    deadline = time.time() + 60 * args.minutes
-    load_data("folder", args.data_dir)  # decoded once, before several processes want it
-    if args.part == 1:
-        results = part_1(args, deadline)
-    else:
-        pair = ("cnn", "separable") if args.part == 2 else ("vit", "vit")
-        results = best_and_peer(args, deadline, *pair)
-    (args.out_dir / f"part{args.part}.json").write_text(json.dumps(results, indent=1))
-
-    for log in sorted(args.out_dir.glob("throughput-*.log")) if args.part == 1 else ():
-        print(log.read_text())
+def show(results: dict) -> None:
+    """Print a row per run, and means ± standard deviations of the runs that were finished."""
     print(f"{'run':20}{'test':>9}{'validation':>12}{'seconds':>10}{'to target':>11}")
+    kinds = {}
     for name, row in results.items():
         to = row.get("seconds_to_target")
         print(
             f"{name:20}{row['test_accuracy']:9.2%}{row['val_accuracy']:12.2%}{row['seconds']:10.1f}"
             f"{'-' if to is None else to:>11}"
         )
-    kinds = {}
-    for name, row in results.items():
         if row["finished"]:
             kinds.setdefault(name.rsplit("-", 1)[0], []).append(row)
         else:
-            print(f"{name} was stopped, and counts in no mean")
+            print(f"{name} was stopped: it counts in no mean")
     for kind, rows in kinds.items():
         if len(rows) > 1:
             tests = [row["test_accuracy"] for row in rows]
@@ -166,5 +171,31 @@ def main(argv=None):
             print(line)
 
 
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--part", type=integer(1, 3), required=True, metavar="N", help="1, 2 or 3")
+    add_folder_flag(parser)
+    add("--out-dir", type=path_type, required=True, metavar="DIR", help="for all that is written")
+    add("--epochs", type=integer(1), default=60, metavar="N", help="in parts 2 and 3")
+    add("--minutes", type=positive, default=7.5, metavar="X", help="time for the part")
+    add("--tiny", action="store_true", help="one seed, two epochs of three steps")
+    args = parser.parse_args(argv)
+    args.deadline = time.time() + 60 * args.minutes
+    args.seeds = SEEDS[:1] if args.tiny else SEEDS
+    args.limits = [] if args.part == 1 else ["--epochs", str(args.epochs)]
+    if args.tiny:
+        args.limits = ["--epochs", "2", "--limit-batches", "3"]
+    make_out_dir(args.out_dir)
+    load_data("folder", args.data_dir)  # decoded once, before several processes need it
+    if args.part == 1:
+        results = fast_recipes(args)
+    else:
+        results = best_and_peer(args, *(("cnn", "separable") if args.part == 2 else ("vit", "vit")))
+    (args.out_dir / f"part{args.part}.json").write_text(json.dumps(results, indent=1))
+    show(results)
+
+
 if __name__ == "__main__":
-    main()
+    run(main)

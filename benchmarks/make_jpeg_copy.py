@@ -6,8 +6,8 @@ Takes the official CIFAR-10 (downloads it into the first folder if it is not the
 image as a JPEG of quality 75, Pillow's default with 4:2:0 chroma, to the second folder:
 train/<class>/0000.jpg and test/<class>/0000.jpg, in the official order within each class. The
 copy behind the figures was made with other encoder settings for most images: about one file in six
-has the same bytes, the others differ by a grey value here and there. So expect accuracies that
-agree within the spread of seeds, not digit for digit.
+is the same, and the pixels of the others differ slightly. So expect accuracies that agree within
+the spread of seeds, not to the last digit.
 """
 
 import collections
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from cli import Parser, UserError, command, run
+from cli import Parser, UserError, command, path_type, run
 
 
 def write_copy(source, target: Path) -> None:
@@ -36,8 +36,8 @@ def write_copy(source, target: Path) -> None:
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("source", type=Path, help="folder of CIFAR-10 as torchvision keeps it")
-    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument("source", type=path_type, help="folder of CIFAR-10 as torchvision keeps it")
+    parser.add_argument("target", type=path_type, help="folder to make")
     args = parser.parse_args(argv)
     if args.target.exists():
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")

@@ -1,4 +1,4 @@
-"""Make a small folder of photographs, to try --dataset folder with.
+"""Make a small folder of photographs for --dataset folder.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/make_photos.py photos
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import skimage
 from PIL import Image
 
-from cli import Parser, UserError, command, run
+from cli import Parser, UserError, command, path_type, run
 
 SIDE, STEP = 64, 32  # pixels
 
@@ -24,7 +24,7 @@ SIDE, STEP = 64, 32  # pixels
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument("target", type=path_type, help="folder to make")
     target = parser.parse_args(argv).target
     if target.exists():
         raise UserError(f"{target} exists already: remove it first, or choose another name")

@@ -1,57 +1,65 @@
-"""The notebook that this repository replaces, against our loop: images per second, an epoch's time.
+"""The notebook that this repository replaces, beside our loop: images per second, an epoch's time.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/notebook.py --data-dir data/cifar10-jpeg --epoch
 
-Same machine, images, split and batch size (64, as in the notebook), in turn, several rounds:
+On the same machine, images, split and batch size (64, as in the notebook), in turn, for several
+rounds:
 
 - `notebook`: its network in its Lightning pipeline, repaired;
-- `dataloader`: its network in our loop, on a plain DataLoader over the same decoded images;
-- `loop`: its network in our loop on our batches, with nothing but normalisation, as the notebook;
-- `recipe`: our network and recipe, for the whole of what changes.
+- `dataloader`: its network in our loop, on an ordinary DataLoader over the same decoded images;
+- `loop`: its network in our loop on our batches, which only normalise, as the notebook does;
+- `recipe`: our network and recipe, so that everything is different.
 
-Each is timed from the beginning of an epoch to its end, without validation. `--epoch` then trains
-the notebook's pipeline for one whole epoch, with validation, and extrapolates to its 40 epochs.
+The time is that of the steps of an epoch, without validation. --epoch then trains the notebook's
+pipeline for one whole epoch, with validation, and extrapolates to its 40 epochs.
 
 Repairs, without which the notebook does not run: an argument that the ViT's constructor lacks, the
-undefined names of its callbacks, W&B's logger (TensorBoard's in its place). Left as it is: Adam
+undefined names of its callbacks, TensorBoard's logger for that of W&B. Kept as they are: Adam
 1e-3, batch 64, no augmentation, no schedule, DataLoader without workers, uint8 images converted
 one by one by torchvision's transforms, ModelCheckpoint on validation accuracy. Its split of
-40,000 and 10,000 is made by --val-fraction .2 here. Its ViT: AdamW 5e-4, weight decay .1, clipping
-at 1, steps of ×.2 at epochs 10, 20, 30; fp16 on a GPU only.
+40,000 and 10,000 is made by a validation fraction of .2 here. Its ViT: AdamW 5e-4, weight decay
+.1, clipping at 1, steps of ×.2 at epochs 10, 20, 30; fp16 on a GPU only.
 """
 
 import json
 import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import lightning
+import torch
+import torch.nn.functional as F
+from common import (
+    DEVICE,
+    add_folder_flag,
+    add_results_flag,
+    append,
+    in_turn,
+    new_training,
+    ratios,
+    recipe_settings,
+    train_for,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from peers import NotebookCNN, NotebookViT
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
-import lightning  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from common import DEVICE, RESULTS, append, run_recipe, train_for  # noqa: E402
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
-from peers import NotebookCNN, NotebookViT  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
-
-from batches import Batches  # noqa: E402
-from cli import Parser, command  # noqa: E402
-from data import load_data  # noqa: E402
+from batches import Batches
+from cli import Parser, command, integer, run
+from data import load_data
+from prepare import make_batches
 
 BATCH = 64
+NETWORKS = {"cnn": NotebookCNN, "vit": NotebookViT}
 
 
 class Images(Dataset):
-    """A split, image by image, as torchvision.datasets.CIFAR10 gives it to the notebook."""
+    """A split, image by image, as the notebook reads torchvision.datasets.CIFAR10."""
 
     def __init__(self, split, mean, std):
         self.split = split
@@ -68,11 +76,11 @@ class Images(Dataset):
 
 
 class Notebook(lightning.LightningModule):
-    """The notebook's module: a network, its optimizer, three numbers logged."""
+    """The notebook's module: a network and its optimizer; loss and accuracy are logged."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, classes: int):
         super().__init__()
-        self.name, self.model = name, (NotebookCNN if name == "cnn" else NotebookViT)()
+        self.name, self.model = name, NETWORKS[name](classes)
 
     def training_step(self, batch, batch_idx):
         loss, accuracy = self.score(batch)
@@ -92,14 +100,14 @@ class Notebook(lightning.LightningModule):
 
 
 def notebook_optimizer(name: str, model) -> torch.optim.Optimizer:
-    """Its Adam for the CNN, its AdamW for the ViT (within one epoch its steps do nothing)."""
+    """Adam for the CNN, AdamW for the ViT. (Its schedule starts after the first epoch.)"""
     if name == "cnn":
         return torch.optim.Adam(model.parameters(), lr=1e-3)
     return torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1)
 
 
 class Clock(lightning.Callback):
-    """Seconds from the beginning of the training epoch to its last step, validation not counted."""
+    """Seconds from the start of the training epoch to its last step, without validation."""
 
     def on_train_epoch_start(self, *_):
         self.started = time.perf_counter()
@@ -111,8 +119,8 @@ class Clock(lightning.Callback):
             self.seconds = time.perf_counter() - self.started
 
 
-def in_lightning(name: str, data, steps: int | None) -> tuple[float, int, float | None]:
-    """One epoch, or `steps` of it; seconds, images, validation accuracy (whole epochs only)."""
+def in_lightning(name: str, data, steps: int | None = None) -> dict:
+    """Train for `steps`, or for a whole epoch, which is then validated; return its measures."""
     loaders = [
         DataLoader(Images(split, data.mean, data.std), batch_size=BATCH, shuffle=i == 0)
         for i, split in enumerate((data.train, data.val))
@@ -134,73 +142,87 @@ def in_lightning(name: str, data, steps: int | None) -> tuple[float, int, float 
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(Notebook(name), *loaders[: 1 if steps else 2])
-        accuracy = None if steps else trainer.callback_metrics["val_acc"].item()
-    return clock.seconds, trainer.global_step * BATCH, accuracy
+        module = Notebook(name, len(data.classes))
+        trainer.fit(module, *loaders[: 1 if steps else 2])
+    images = min(trainer.global_step * BATCH, len(data.train))
+    result = {"seconds": clock.seconds, "images_per_second": images / clock.seconds}
+    return result | {k: v.item() for k, v in trainer.callback_metrics.items() if k == "val_acc"}
 
 
-def in_our_loop(name: str, batches, steps: int) -> tuple[float, int]:
-    """The notebook's network and optimizer in our loop; seconds and images."""
+def in_our_loop(name: str, data, batches, steps: int) -> float:
+    """Images per second of the notebook's network and optimizer in our loop."""
     torch.manual_seed(0)
-    model = (NotebookCNN if name == "cnn" else NotebookViT)()
-    model = model.to(DEVICE, memory_format=torch.channels_last)
-    settings = {"clip": 1.0 if name == "vit" else 0.0, "ema_decay": 0.0, "label_smoothing": 0.0}
+    classes = len(data.classes)
+    model = NETWORKS[name](classes).to(DEVICE, memory_format=torch.channels_last)
+    settings = {"clip": 1.0 if name == "vit" else 0.0, "limit_batches": steps, "classes": classes}
     optimizer = notebook_optimizer(name, model)
-    history = train_for(model, optimizer, batches, None, settings, limit_batches=steps)
-    return history[0]["seconds"], steps * BATCH
+    return train_for(model, optimizer, batches, None, **settings)[0]["images_per_second"]
+
+
+def our_recipe(name: str, data, images: int) -> float:
+    """Images per second of our network and recipe, for about as many images."""
+    settings = recipe_settings(name, epochs=1, classes=len(data.classes))
+    settings.limit_batches = max(1, images // settings.batch_size)
+    batches, _ = make_batches(data, settings, DEVICE)
+    model, optimizer = new_training(name, settings, next(iter(batches))[0])
+    return train_for(model, optimizer, batches, None, **vars(settings))[0]["images_per_second"]
+
+
+def compare(name: str, data, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Images per second of each way, in each round."""
+    ours = Batches(data.train, BATCH, mean=data.mean, std=data.std, device=DEVICE, train=True)
+    plain = DataLoader(Images(data.train, data.mean, data.std), batch_size=BATCH, shuffle=True)
+    ways = {
+        "notebook": lambda: in_lightning(name, data, steps)["images_per_second"],
+        "dataloader": lambda: in_our_loop(name, data, plain, steps),
+        "loop": lambda: in_our_loop(name, data, ours, steps),
+        "recipe": lambda: our_recipe(name, data, steps * BATCH),
+    }
+    return in_turn(ways, rounds)
+
+
+def summarise(speeds: dict[str, list[float]]) -> dict:
+    """Print medians and ratios to `notebook`; return them."""
+    result = {"images_per_second": {}, "times_the_notebook": {}}
+    print(f"{'':12}{'images/s':>10}{'× notebook':>12}  rounds")
+    for way, values in speeds.items():
+        pairs = ratios(values, speeds["notebook"])
+        speed, ratio = statistics.median(values), statistics.median(pairs)
+        each = " ".join(f"{pair:.2f}" for pair in pairs)
+        print(f"{way:12}{speed:10.1f}{ratio:12.2f}  {each}")
+        result["images_per_second"][way] = round(speed, 1)
+        result["times_the_notebook"][way] = round(ratio, 3)
+    return result
 
 
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--model", choices=("cnn", "vit"), default="cnn", help="which network")
-    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
-                        help="folder of images, such as data/cifar10-jpeg")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of a timed round")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repetitions")
-    parser.add_argument("--epoch", action="store_true", help="also one whole epoch")
-    parser.add_argument("--results", type=Path, default=RESULTS / "notebook.jsonl", metavar="FILE",
-                        help="where the rows are appended")  # fmt: skip
+    add = parser.add_argument
+    add("--model", choices=NETWORKS, default="cnn", help="which network")
+    add_folder_flag(parser)
+    add("--steps", type=integer(1), default=60, metavar="N", help="steps per round")
+    add("--rounds", type=integer(1), default=3, metavar="N", help="repetitions")
+    add("--epoch", action="store_true", help="also train a whole epoch")
+    add_results_flag(parser, "notebook.jsonl")
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     data = load_data("folder", args.data_dir, val_fraction=0.2)
-    ours = Batches(data.train, BATCH, mean=data.mean, std=data.std, device=DEVICE, train=True)
-    plain = DataLoader(Images(data.train, data.mean, data.std), batch_size=BATCH, shuffle=True)
-    runs = {
-        "notebook": lambda: in_lightning(args.model, data, args.steps)[:2],
-        "dataloader": lambda: in_our_loop(args.model, plain, args.steps),
-        "loop": lambda: in_our_loop(args.model, ours, args.steps),
-        "recipe": lambda: run_recipe(args.model, data, limit_batches=args.steps * BATCH // 128),
-    }
-    speeds = {name: [] for name in runs}
-    for turn in range(args.rounds + 1):
-        for name, timed in runs.items():
-            seconds, images = timed()
-            if turn:  # the first one warms up
-                speeds[name].append(images / seconds)
+    speeds = compare(args.model, data, args.steps, args.rounds)
     result = {"benchmark": "notebook", "model": args.model, "batch_size": BATCH}
-    result |= {"images_per_second": {k: round(statistics.median(v), 1) for k, v in speeds.items()}}
-    pairs = {
-        k: [a / b for a, b in zip(v, speeds["notebook"], strict=True)] for k, v in speeds.items()
-    }
-    result["times_the_notebook"] = {k: round(statistics.median(v), 3) for k, v in pairs.items()}
-    print(f"{'':12}{'images/s':>10}{'× notebook':>12}  rounds")
-    for name, values in speeds.items():
-        each = " ".join(f"{v:.2f}" for v in pairs[name])
-        ratio = result["times_the_notebook"][name]
-        print(f"{name:12}{statistics.median(values):10.1f}{ratio:12.2f}  {each}")
+    result |= summarise(speeds)
     if args.epoch:
-        seconds, images, accuracy = in_lightning(args.model, data, None)
+        epoch = in_lightning(args.model, data)
         result["epoch"] = {
-            "seconds": round(seconds, 1),
-            "images_per_second": round(images / seconds, 1),
-            "val_accuracy": round(accuracy, 4),
-            "seconds_40_epochs": round(40 * seconds),
+            "seconds": round(epoch["seconds"], 1),
+            "images_per_second": round(epoch["images_per_second"], 1),
+            "val_accuracy": round(epoch["val_acc"], 4),
+            "seconds_40_epochs": round(40 * epoch["seconds"]),
         }
         print(json.dumps(result["epoch"]))
     append(args.results, result)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,67 +1,58 @@
-"""Images per second of the training loop, against the bare arithmetic of the device.
+"""Images per second of the training loop, beside those of forward, backward and step alone.
 
     python benchmarks/throughput.py cnn --steps 15 --rounds 5    on noise, the recipe's batch size
     python benchmarks/throughput.py vit --compile --peak         on a GPU
 
-Times in one process, in turn, several rounds of the same number of steps:
+Times these in one process, in turn, for several rounds of the same number of steps:
 
-- `bare`: forward, backward and step on one batch that is already in place;
-- `loop`: our loop on one batch that is already in place (clipping, averaged weights, sums, log);
-- `batches`: our loop on batches drawn, flipped, shifted and normalised, as the recipe trains;
+- `bare`: forward, backward and step on one batch that is on the device already;
+- `loop`: `training.train` on that batch (with clipping, averaged weights, sums, logs);
+- `batches`: `training.train` on shuffled and augmented batches, as the recipe trains;
 - `auto-augment`: the same with automatic augmentation and mixing;
 - `... compiled` (--compile): the same after torch.compile.
 
-Prints medians, and each one's median ratio of times to `bare` and to `loop`; --peak adds the share
-of the arithmetic that a product of two 8192 × 8192 matrices reaches on the device. Appends the
-result to benchmarks/results/throughput.jsonl.
+Prints medians, and each one's median ratio of times to `bare` and to `loop`. --peak adds the
+fraction of the arithmetic that a product of two 8192 × 8192 matrices reaches on the device.
+Appends the result to benchmarks/results/throughput.jsonl.
 """
 
+import functools
 import itertools
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from common import (
     DEVICE,
-    RESULTS,
     SCRIPTS,
+    add_results_flag,
     append,
+    in_turn,
     new_model,
     new_training,
+    ratios,
     recipe_settings,
     train_for,
-)  # fmt: skip
+)
 from torch.utils.flop_counter import FlopCounterMode
 
-from batches import Batches
-from cli import Parser, command, run
-from data import Split
-from training import choose_amp
+from cli import Parser, choose_amp, command, integer, run
+from data import Data, Split
+from prepare import make_batches
 
-
-class OneBatch:
-    """The same batch again and again, `steps` times."""
-
-    def __init__(self, batch, steps: int):
-        self.batch, self.steps = batch, steps
-
-    def __len__(self):
-        return self.steps
-
-    def __iter__(self):
-        return iter([self.batch] * self.steps)
+PEAK_SIZE = 8192  # of the matrices whose product is taken for the peak
 
 
 def synchronised() -> float:
-    """The time, once the device has done all that it was given."""
+    """The time when the device has finished all of its work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def bare_seconds(model, optimizer, batch, steps: int) -> float:
+    """Time of forward, backward and step."""
     amp_dtype, (x, y) = choose_amp("auto", DEVICE), batch
     model.train()
     started = synchronised()
@@ -74,17 +65,22 @@ def bare_seconds(model, optimizer, batch, steps: int) -> float:
     return synchronised() - started
 
 
-def matrix_flops_per_second(size: int = 8192) -> float:
-    """What a product of two square matrices reaches, in the type that training uses."""
-    a = torch.randn(size, size, device=DEVICE, dtype=choose_amp("auto", DEVICE) or torch.float32)
-    b = torch.randn_like(a)
+def loop_seconds(model, optimizer, batches, settings) -> float:
+    """Time of one epoch of `training.train`."""
+    return train_for(model, optimizer, batches, None, **vars(settings))[0]["seconds"]
+
+
+def matrix_flops_per_second() -> float:
+    """Floating-point operations per second of a matrix product, in the type of training."""
+    dtype = choose_amp("auto", DEVICE) or torch.float32
+    a, b = torch.randn(2, PEAK_SIZE, PEAK_SIZE, device=DEVICE, dtype=dtype)
     a @ b
     seconds = []
     for _ in range(5):
         started = synchronised()
         a @ b
         seconds.append(synchronised() - started)
-    return 2 * size**3 / statistics.median(seconds)
+    return 2 * PEAK_SIZE**3 / statistics.median(seconds)
 
 
 def step_flops(name: str, settings, batch) -> int:
@@ -94,79 +90,82 @@ def step_flops(name: str, settings, batch) -> int:
     return counter.get_total_flops()
 
 
+def noise(count: int) -> Data:
+    """Random images of ten classes, all of them in the training split."""
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    train = Split.of(images, torch.arange(count) % 10)
+    empty = train.subset(torch.arange(0))
+    return Data("noise", train, empty, empty, list("0123456789"), (0.5,) * 3, (0.25,) * 3)
+
+
 def measure(name: str, steps: int, rounds: int, compiled: bool, peak: bool) -> dict:
-    """Images per second of each way, medians, and ratios to `bare` within a round."""
-    settings = recipe_settings(name)
-    size = settings.batch_size
-    images = torch.randint(256, (size * steps, 3, 32, 32), dtype=torch.uint8)
-    split = Split(images, torch.arange(len(images)) % 10, torch.arange(len(images)))
-    common = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "device": DEVICE, "train": True}
-    common |= {"flip": settings.flip, "shift": settings.shift, "erase": settings.erase}
-    batches = Batches(split, size, **common)
-    augmented = Batches(split, size, **common, auto_augment=True, mix=0.5)
+    """Time all ways of training; return what is printed and saved."""
+    settings = recipe_settings(name, epochs=1)
+    augmented = recipe_settings(name, auto_augment=True, mix=0.5)
+    data = noise(settings.batch_size * steps)
+    batches, _ = make_batches(data, settings, DEVICE)
     one = next(iter(batches))
-
-    sources = {"bare": None, "loop": OneBatch(one, steps)}
-    sources |= {"batches": batches, "auto-augment": augmented}
-    trainings = {}
-    for way, c in itertools.product(sources, (False, True) if compiled else (False,)):
-        trainings[way, c] = new_training(name, settings, one[0])
-        if c:
-            trainings[way, c][0].compile()
-    seconds = {key: [] for key in trainings}
-    for turn in range(rounds + 1):
-        for (way, c), training in trainings.items():
-            if way == "bare":
-                taken = bare_seconds(*training, one, steps)
-            else:
-                history = train_for(*training, sources[way], None, vars(settings), epochs=1)
-                taken = history[0]["seconds"]
-            if turn:  # the first round warms up, and compiles
-                seconds[way, c].append(taken)
-
-    result = {
-        "benchmark": "throughput",
-        "model": name,
-        "batch_size": size,
-        "steps": steps,
-        "ways": {},
+    sources = {
+        "bare": None,
+        "loop": [one] * steps,
+        "batches": batches,
+        "auto-augment": make_batches(data, augmented, DEVICE)[0],
     }
-    flops = step_flops(name, settings, one) * steps
-    top = matrix_flops_per_second() if peak else None
-    for (way, c), values in seconds.items():
-        ratios = [own / base for own, base in zip(values, seconds["bare", False], strict=True)]
-        row = {"images_per_second": round(size * steps / statistics.median(values), 1)}
-        if way in ("batches", "auto-augment"):  # what drawing and augmenting costs
-            loop = zip(values, seconds["loop", c], strict=True)
-            row["times_loop"] = round(statistics.median(own / base for own, base in loop), 3)
-        row |= {
-            "times_bare": round(statistics.median(ratios), 3),
-            "ratios": [round(r, 3) for r in ratios],
-        }
-        if top:
-            row["share_of_peak"] = round(flops / statistics.median(values) / top, 4)
-        result["ways"][way + " compiled" * c] = row
-    return result | ({"peak_tflops": round(top / 1e12, 2)} if top else {})
+    timed = {}
+    for way, suffix in itertools.product(sources, ("", " compiled")[: 1 + compiled]):
+        model, optimizer = new_training(name, settings, one[0])
+        if suffix:
+            model.compile()
+        timed[way + suffix] = (
+            functools.partial(bare_seconds, model, optimizer, one, steps)
+            if way == "bare"
+            else functools.partial(loop_seconds, model, optimizer, sources[way], settings)
+        )
+    seconds = in_turn(timed, rounds)
+    result = {"benchmark": "throughput", "model": name, "batch_size": settings.batch_size}
+    result |= {"steps": steps, "ways": summarise(seconds, len(data.train))}
+    if peak:
+        top, flops = matrix_flops_per_second(), step_flops(name, settings, one) * steps
+        for way, row in result["ways"].items():
+            row["share_of_peak"] = round(flops / statistics.median(seconds[way]) / top, 4)
+        result["peak_tflops"] = round(top / 1e12, 2)
+    return result
+
+
+def summarise(seconds: dict[str, list[float]], images: int) -> dict[str, dict]:
+    """Images per second of each way, and ratios of its times to those of `bare` and `loop`."""
+    ways = {}
+    for way, values in seconds.items():
+        row = ways[way] = {"images_per_second": round(images / statistics.median(values), 1)}
+        if way.startswith(("batches", "auto-augment")):  # what drawing and augmenting cost
+            loop = seconds["loop compiled" if way.endswith(" compiled") else "loop"]
+            row["times_loop"] = round(statistics.median(ratios(values, loop)), 3)
+        bare = ratios(values, seconds["bare"])
+        row["times_bare"] = round(statistics.median(bare), 3)
+        row["ratios"] = [round(ratio, 3) for ratio in bare]
+    return ways
 
 
 def show(result: dict) -> None:
+    """Print the result as a table."""
     print(f"{result['model']:22}{'images/s':>10}{'× bare':>9}{'× loop':>9}{'of peak':>9}")
     for way, row in result["ways"].items():
-        share = f"{row['share_of_peak']:9.1%}" if "share_of_peak" in row else f"{'-':>9}"
-        loop = f"{row['times_loop']:9.3f}" if "times_loop" in row else f"{'-':>9}"
-        print(f"{way:22}{row['images_per_second']:10.0f}{row['times_bare']:9.3f}{loop}{share}")
+        share = f"{row['share_of_peak']:.1%}" if "share_of_peak" in row else "-"
+        loop = f"{row['times_loop']:.3f}" if "times_loop" in row else "-"
+        print(
+            f"{way:22}{row['images_per_second']:10.0f}{row['times_bare']:9.3f}{loop:>9}{share:>9}"
+        )
 
 
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("model", choices=SCRIPTS)
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a timed round")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, too")
-    parser.add_argument("--peak", action="store_true", help="share of the matrix peak, too")
-    parser.add_argument("--results", type=Path, default=RESULTS / "throughput.jsonl",
-                        metavar="FILE", help="where the rows are appended")  # fmt: skip
+    parser.add_argument("model", choices=SCRIPTS, help="which recipe")
+    parser.add_argument("--steps", type=integer(1), default=20, metavar="N", help="steps per round")
+    parser.add_argument("--rounds", type=integer(1), default=5, metavar="N", help="repetitions")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
+    parser.add_argument("--peak", action="store_true", help="add fractions of the matrix peak")
+    add_results_flag(parser, "throughput.jsonl")
     args = parser.parse_args(argv)
     result = measure(args.model, args.steps, args.rounds, args.compile, args.peak)
     show(result)

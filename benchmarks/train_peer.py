@@ -7,30 +7,32 @@
 clipping at 1, flip, TrivialAugmentWide, erasing; 15 epochs at the full rate, then cosines of 15,
 30, 60, ... epochs. `vit` (Gani et al. 2022, arXiv 2210.07240, supervised part): 192 wide, 9 deep,
 12 heads, MLP ×2, AdamW 1e-3, weight decay .05, stochastic depth .1, label smoothing .1, automatic
-augmentation, CutMix and MixUp, erasing; its repeated augmentation is left out, so that an epoch
+augmentation, CutMix and MixUp, erasing. Its repeated augmentation is omitted, so that an epoch
 shows each image once, as ours does. Both keep the last weights: neither averages them.
 """
 
+import functools
 import itertools
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
-from common import DEVICE, adamw, train_for
+from common import DEVICE, accuracy, adamw, add_folder_flag, train_for
 from peers import SeparableResNet
-from sklearn.metrics import accuracy_score
 from torch import nn
 
-import training
-from batches import Batches
-from cli import Parser, command, run
+from batches import Batches, predict
+from cli import Parser, command, integer, path_type, run
 from data import load_data
-from evaluate import predict
 from models import ViT, count_parameters
 
-RANDOM = {"flip": True, "auto_augment": True, "erase": 12}
+SETTINGS = {
+    "separable": {"lr": 0.1, "batch_size": 64, "mix": 0.0},
+    "vit": {"lr": 1e-3, "batch_size": 128, "mix": 1.0},
+}
+SHARED = {"label_smoothing": 0.1, "clip": 1.0}
+AUGMENTATION = {"flip": True, "auto_augment": True, "erase": 12}
 
 
 def cosine_restarts(step: int, total_steps: int, warmup: float, peak: float, epochs: int) -> float:
@@ -44,64 +46,60 @@ def cosine_restarts(step: int, total_steps: int, warmup: float, peak: float, epo
 
 
 def cosine(step: int, total_steps: int, warmup: float, peak: float) -> float:
-    """Five percent up, then half a cosine down to 0."""
+    """Five percent of the steps up to the peak, then half a cosine down to 0."""
     up = 0.05 * total_steps
     if step < up:
         return peak * (step + 1) / up
     return peak * (1 + math.cos(math.pi * (step - up) / (total_steps - up))) / 2
 
 
-@command
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("peer", choices=("separable", "vit"))
-    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
-                        help="folder of images, such as data/cifar10-jpeg")  # fmt: skip
-    parser.add_argument(
-        "--epochs", type=int, default=60, metavar="N", help="passes over the images"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
-    parser.add_argument("--limit-batches", type=int, metavar="N", help="at most N an epoch")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the result")
-    args = parser.parse_args(argv)
-    data = load_data("folder", args.data_dir)
-    torch.manual_seed(args.seed)
-    settings = {"epochs": args.epochs, "seed": args.seed, "limit_batches": args.limit_batches}
-    settings |= {"label_smoothing": 0.1, "clip": 1.0, "ema_decay": 0.0}
-    if args.peer == "separable":
-        model, settings["lr"], size, mixed = SeparableResNet(), 0.1, 64, 0.0
-        training.lr_at = lambda *step: cosine_restarts(*step, epochs=args.epochs)
-    else:
-        model = ViT(depth=9, heads=12, drop_path=0.1)
-        for module in model.modules():  # timm's start, with positions that are noise
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.trunc_normal_(model.positions, std=0.02)
-        settings["lr"], size, mixed = 1e-3, 128, 1.0
-        training.lr_at = cosine
+def separable(classes: int, epochs: int):
+    """Network, optimizer and schedule of separable-resnet."""
+    model = SeparableResNet(classes).to(DEVICE, memory_format=torch.channels_last)
+    lr = SETTINGS["separable"]["lr"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    return model, optimizer, functools.partial(cosine_restarts, epochs=epochs)
+
+
+def vit(classes: int, epochs: int):
+    """Network, optimizer and schedule of Gani et al."""
+    model = ViT(classes=classes, depth=9, heads=12, drop_path=0.1)
+    for module in model.modules():  # initialised as timm does, with positions that are noise
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+    nn.init.trunc_normal_(model.positions, std=0.02)
     model = model.to(DEVICE, memory_format=torch.channels_last)
-    if args.peer == "separable":
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    else:
-        optimizer = adamw(model, 1e-3, 0.05)
+    return model, adamw(model, SETTINGS["vit"]["lr"], 0.05), cosine
+
+
+PEERS = {"separable": separable, "vit": vit}
+
+
+def train_peer(peer: str, data, args) -> dict:
+    """Train, measure on the validation and test splits, and return the result."""
+    torch.manual_seed(args.seed)
+    settings, classes = SETTINGS[peer], len(data.classes)
+    model, optimizer, lr_at = PEERS[peer](classes, args.epochs)
     common = {"mean": data.mean, "std": data.std, "device": DEVICE}
-    batches = Batches(data.train, size, train=True, mix=mixed, **RANDOM, **common)
+    augmentation = AUGMENTATION | {"mix": settings["mix"]}
+    batches = Batches(data.train, settings["batch_size"], train=True, **augmentation, **common)
+    val_batches, test_batches = (Batches(split, 500, **common) for split in (data.val, data.test))
+    changes = {"epochs": args.epochs, "seed": args.seed, "limit_batches": args.limit_batches}
+    changes |= {"lr": settings["lr"], "classes": classes, "lr_at": lr_at}
     started, finished = time.perf_counter(), False
     try:
-        train_for(model, optimizer, batches, Batches(data.val, 500, **common), settings)
+        train_for(model, optimizer, batches, val_batches, **SHARED, **changes)
         finished = True
-    except SystemExit:  # told to stop: what it has reached is measured
+    except SystemExit:  # SIGTERM: the weights reached by then are measured
         pass
     seconds = time.perf_counter() - started
     model.eval()
-    accuracies = []
-    for split in (data.val, data.test):
-        with torch.no_grad():
-            few = itertools.islice(Batches(split, 500, **common), args.limit_batches)
-            logits, labels = predict(model, few)
-        accuracies.append(accuracy_score(labels, logits.argmax(1)))
-    result = {
-        "peer": args.peer,
+    accuracies = [
+        accuracy(*predict(model, itertools.islice(split_batches, args.limit_batches)))
+        for split_batches in (val_batches, test_batches)
+    ]
+    return {
+        "peer": peer,
         "seed": args.seed,
         "epochs": args.epochs,
         "parameters": count_parameters(model),
@@ -110,6 +108,20 @@ def main(argv=None):
         "test_accuracy": accuracies[1],
         "seconds": round(seconds, 1),
     }
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("peer", choices=PEERS, help="which recipe")
+    add_folder_flag(parser)
+    add("--epochs", type=integer(1), default=60, metavar="N", help="passes over the images")
+    add("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N", help="random seed")
+    add("--limit-batches", type=integer(1), metavar="N", help="at most N per epoch")
+    add("--out", type=path_type, metavar="FILE", help="JSON file for the result")
+    args = parser.parse_args(argv)
+    result = train_peer(args.peer, load_data("folder", args.data_dir), args)
     print(json.dumps(result))
     if args.out:
         args.out.write_text(json.dumps(result))

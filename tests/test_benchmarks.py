@@ -1,0 +1,423 @@
+"""Each script of benchmarks/ once, with its smallest settings, in this process."""
+
+import importlib
+import json
+import statistics
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY_CNN
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ablation
+import common
+import gpu
+import ingredients
+import make_jpeg_copy
+import seeds
+import throughput
+import train_peer
+
+import models
+import train_cnn
+import train_vit
+import training
+from checkpoint import load_model
+from data import load_data
+
+CLASSES = ["bright", "dark"]  # of the fixture `photos`
+SCRIPTS = "ablation gpu make_jpeg_copy make_photos notebook seeds throughput train_peer".split()
+PACKAGES = {"make_photos": "skimage", "notebook": "lightning"}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Recipes with small networks and batches of 8."""
+    cnn = {"stem": 4, "widths": [8, 8], "depths": [0, 1]}
+    vit = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8}
+    for script, sizes in ((train_cnn, cnn), (train_vit, vit)):
+        for key, value in (sizes | {"batch_size": 8}).items():
+            monkeypatch.setitem(script.RECIPE, key, value)
+    for peer in train_peer.SETTINGS.values():
+        monkeypatch.setitem(peer, "batch_size", 2)
+    for model, flags in gpu.LARGE_BATCH.items():
+        monkeypatch.setitem(gpu.LARGE_BATCH, model, ["--batch-size", "16", *flags[2:]])
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Flags for a file of results, and a function that reads its rows."""
+    file = tmp_path / "results" / "rows.jsonl"
+    read = lambda: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
+    return SimpleNamespace(flags=["--results", str(file)], rows=read)
+
+
+def load_script(name):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    return importlib.import_module(name)
+
+
+def assert_environment(row):
+    assert row["threads"] == torch.get_num_threads()
+    assert row["torch"] == torch.__version__
+    assert row["device"] and row["date"]
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, capsys):
+    script = load_script(name)
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    assert end.value.code == 0
+    assert f"python benchmarks/{name}.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [
+        ("ablation", ["cnn", "--data-dir", "x", "--epochs", "0"]),
+        ("ablation", ["cnn", "--data-dir", "x", "--threads", "many"]),
+        ("gpu", ["--part", "4", "--data-dir", "x", "--out-dir", "y"]),
+        ("gpu", ["--part", "1", "--data-dir", "x", "--out-dir", "y", "--minutes", "0"]),
+        ("notebook", ["--data-dir", "x", "--steps", "0"]),
+        ("seeds", ["cnn", "--target", "83.1"]),
+        ("seeds", ["cnn", "--target", ".5", "--seeds", "-1"]),
+        ("throughput", ["cnn", "--rounds", "1.5"]),
+        ("train_peer", ["vit", "--data-dir", "x", "--limit-batches", "0"]),
+    ],
+)
+def test_bad_number(name, argv, fails):
+    error = fails(load_script(name).main, *argv)
+    assert "is not a" in error
+    assert argv[-1] in error or "--part" in error
+
+
+@pytest.mark.parametrize("name", ["make_jpeg_copy", "make_photos"])
+def test_existing_folder_is_not_overwritten(name, fails, tmp_path):
+    source = [tmp_path] if name == "make_jpeg_copy" else []
+    assert "exists already" in fails(load_script(name).main, *source, tmp_path)
+
+
+def test_unknown_variant(fails, photos):
+    error = fails(ablation.main, "vit", "--data-dir", photos, "--variants", "plain", "relu")
+    assert "'relu'" in error and "qk-norm" in error
+
+
+def test_batch_larger_than_the_training_split(fails, photos, results, monkeypatch):
+    monkeypatch.setitem(train_vit.RECIPE, "batch_size", 64)
+    argv = ["vit", "--data-dir", photos, "--variants", "plain", *results.flags]
+    assert "fewer images than a batch" in fails(ablation.main, *argv)
+
+
+# ---------------------------------------------------------------- speed
+
+
+@pytest.mark.parametrize(("model", "rounds", "compiled"), [("cnn", 1, True), ("vit", 2, False)])
+def test_throughput(model, rounds, compiled, results, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "PEAK_SIZE", 32)
+    networks = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: networks.append(network))
+    flags = ["--steps", "2", "--rounds", str(rounds), "--peak"] + ["--compile"] * compiled
+    throughput.main([model, *flags, *results.flags])
+    (row,) = results.rows()
+    assert_environment(row)
+    ways = ["bare", "loop", "batches", "auto-augment"]
+    if compiled:
+        ways = [way + suffix for way in ways for suffix in ("", " compiled")]
+    assert list(row["ways"]) == ways and len(networks) == 4 * compiled
+    assert (row["model"], row["batch_size"], row["steps"]) == (model, 8, 2)
+    for way, values in row["ways"].items():
+        assert values["images_per_second"] > 0 and values["share_of_peak"] > 0
+        assert len(values["ratios"]) == rounds and min(values["ratios"]) > 0
+        assert values["times_bare"] == pytest.approx(statistics.mean(values["ratios"]), abs=2e-3)
+        assert ("times_loop" in values) == way.startswith(("batches", "auto-augment"))
+    assert row["ways"]["bare"]["ratios"] == [1.0] * rounds
+    table = capsys.readouterr().out.splitlines()[-len(ways) :]
+    assert [line.split("  ")[0] for line in table] == ways
+
+
+def test_step_flops_of_a_vit():
+    settings = common.recipe_settings("vit", depth=1, heads=1, dim=8)
+    batch = torch.zeros(3, 3, 32, 32), torch.zeros(3, dtype=torch.long)
+    per_image = 16 * 8 * 3 * 8 * 8  # patches
+    per_image += 17 * 8 * 8 * (3 + 1 + 2 + 2)  # qkv, project, MLP
+    linear = 3 * (2 * 3 * (per_image + 8 * 10))  # forward, and gradients of input and weight
+    linear -= 3 * 2 * 16 * 8 * 3 * 8 * 8  # no gradient of the images
+    attention = 3 * 2 * 2 * 17 * 17 * 8  # forward: two products
+    flops = throughput.step_flops("vit", settings, batch)
+    assert linear <= flops <= linear + 4 * attention  # PyTorch counts it on a GPU only
+
+
+def test_notebook(results, photos, monkeypatch):
+    notebook = load_script("notebook")
+    monkeypatch.setattr(notebook, "BATCH", 4)
+    argv = ["--data-dir", str(photos), "--steps", "1", "--rounds", "1", "--epoch"]
+    notebook.main([*argv, *results.flags])
+    (row,) = results.rows()
+    assert_environment(row)
+    ways = ["notebook", "dataloader", "loop", "recipe"]
+    assert list(row["images_per_second"]) == list(row["times_the_notebook"]) == ways
+    assert min(row["images_per_second"].values()) > 0
+    assert row["times_the_notebook"]["notebook"] == 1.0
+    epoch = row["epoch"]
+    assert 0 <= epoch["val_accuracy"] <= 1
+    images = len(load_data("folder", photos, val_fraction=0.2).train)
+    assert epoch["images_per_second"] * epoch["seconds"] == pytest.approx(images, rel=0.2)
+    assert epoch["seconds_40_epochs"] == pytest.approx(40 * epoch["seconds"], abs=3)
+
+
+# ---------------------------------------------------------------- accuracy
+
+
+@pytest.fixture(scope="module")
+def teacher(photos, tmp_path_factory):
+    """A checkpoint with the classes of `photos`."""
+    out = tmp_path_factory.mktemp("teacher")
+    flags = ["--dataset", "folder", "--data-dir", str(photos), "--epochs", "1", "--batch-size", "8"]
+    train_cnn.main([*flags, *TINY_CNN, "--out-dir", str(out)])
+    return out / "best.pt"
+
+
+@pytest.mark.parametrize("network", ["cnn", "vit"])
+def test_all_variants(network, results, photos, teacher, monkeypatch):
+    monkeypatch.setitem(ablation.VARIANTS["cnn"]["batch-64"].settings, "batch_size", 4)
+    argv = [network, "--data-dir", str(photos), "--epochs", "1", "--limit-batches", "1"]
+    ablation.main([*argv, "--seed", "3", "--teacher", str(teacher), *results.flags])
+    rows = {row["variant"]: row for row in results.rows()}
+    assert list(rows) == list(ablation.VARIANTS[network])
+    for row in rows.values():
+        assert_environment(row)
+        assert row["network"] == network
+        assert (row["epochs"], row["limit_batches"], row["seed"]) == (1, 1, 3)
+        assert len(row["val_accuracy"]) == 1 and 0 <= row["val_accuracy"][0] <= 1
+        assert 0 <= row["train_accuracy"] <= 1 and row["seconds"] >= 0
+    plain = rows["plain"]["parameters"]
+    more = {name: row["parameters"] - plain for name, row in rows.items()}
+    expected = {"squeeze-excitation": (8 + 1) + (8 + 8), "qk-norm": 2 * 2 * 8}
+    expected |= {"layer-scale": 2 * 2 * 16}
+    assert more == {name: expected.get(name, 0) for name in rows}
+    assert models.F is F and list(models.MODELS) == ["cnn", "vit"]
+
+
+def test_changes_of_the_cnn(monkeypatch):
+    monkeypatch.setattr(models, "F", F)
+    model = common.new_model("cnn", common.recipe_settings("cnn")).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model.forward_features(x)
+        ingredients.relu(model, None)
+        after = model.forward_features(x)
+        ingredients.gelu(model, None)
+        assert torch.equal(model.forward_features(x), before)
+    assert before.min() < 0 <= after.min()
+    ingredients.whitened_start(model, [(x, None)])
+    assert model.stem.weight.requires_grad
+    ingredients.whitened_stem(model, [(x, None)])
+    assert not model.stem.weight.requires_grad
+    ingredients.zero_last_norm(model, None)
+    block = model.stages[1].blocks[0]
+    maps = torch.randn(2, 8, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(block(maps), F.gelu(maps))
+
+
+def test_alternating_flip_mirrors_each_image_in_every_second_epoch(photos):
+    data = load_data("folder", photos)
+    settings = common.recipe_settings("cnn", batch_size=7, shift=0, erase=0, flip=False)
+    batches, _ = ablation.make_batches(data, settings, torch.device("cpu"))
+    torch.manual_seed(0)
+    plain = torch.cat([images for images, _ in batches])
+    ingredients.alternating_flip(None, batches)
+    epochs = []
+    for _ in range(2):
+        torch.manual_seed(0)  # the same order
+        epochs.append(torch.cat([images for images, _ in batches]))
+    assert len(plain) == 21
+    mirrored = [[torch.equal(a, b.flip(2)) for a, b in zip(e, plain, strict=True)] for e in epochs]
+    same = [[torch.equal(a, b) for a, b in zip(e, plain, strict=True)] for e in epochs]
+    assert mirrored[0] == same[1] and mirrored[1] == same[0]
+    assert 0 < sum(mirrored[0]) < 21 and sum(mirrored[0]) + sum(same[0]) == 21
+
+
+@pytest.mark.parametrize(("peer", "parameters"), [("separable", 437_002), ("vit", 2_700_000)])
+def test_train_peer(peer, parameters, photos, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    argv = [peer, "--data-dir", str(photos), "--epochs", "1", "--limit-batches", "1"]
+    train_peer.main([*argv, "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["peer"], result["seed"], result["epochs"]) == (peer, 0, 1)
+    assert result["finished"] is True and result["seconds"] > 0
+    assert 0 <= result["val_accuracy"] <= 1 and 0 <= result["test_accuracy"] <= 1
+    assert result["parameters"] == pytest.approx(parameters, rel=0.05)
+    assert training.lr_at is common.training.lr_at and training.lr_at.__name__ == "lr_at"
+
+
+def test_stopped_peer_is_measured(photos, monkeypatch, capsys):
+    def stopped(*args, **settings):
+        sys.exit(143)
+
+    monkeypatch.setattr(train_peer, "train_for", stopped)
+    train_peer.main(["separable", "--data-dir", str(photos)])
+    result = json.loads(capsys.readouterr().out)
+    assert result["finished"] is False and 0 <= result["test_accuracy"] <= 1
+
+
+def test_schedules_of_the_peers():
+    rates = [train_peer.cosine_restarts(step, 60, 0.0, 0.1, epochs=60) for step in range(60)]
+    assert rates[:16] == [0.1] * 16 and rates[30] == 0.1  # each cosine starts at the peak
+    assert rates[22] > 0.05 > rates[23] and rates[29] < 0.002
+    assert rates[45] == pytest.approx(0.05)  # the second cosine has 30 epochs
+    rates = [train_peer.cosine(step, 100, 0.0, 1.0) for step in range(101)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[100] == pytest.approx(0) and rates[:5] < rates[1:6]
+
+
+def test_train_for_uses_the_schedule_and_restores_what_it_replaces():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    optimizer = torch.optim.SGD(model.parameters())
+    batches = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))] * 3
+    history = common.train_for(
+        model, optimizer, batches, batches[:1], classes=2, epochs=2, lr=0.5, stem=99,
+        lr_at=lambda step, total_steps, warmup, peak: peak / (1 + step) / total_steps,
+    )  # fmt: skip
+    assert [row["step"] for row in history] == [3, 6]
+    assert [row["lr"] for row in history] == pytest.approx([0.5 / 3 / 6, 0.5 / 6 / 6])
+    assert all(0 <= row["val_accuracy"] <= 1 for row in history)
+    assert "benchmark" not in models.MODELS and training.lr_at(0, 1, 0, 0.5) == 0.5
+
+
+def test_seeds(results, photos, tmp_path, monkeypatch):
+    argv = ["cnn", "--seeds", "0", "1", "--target", "0", "--out-dir", str(tmp_path), *results.flags]
+    flags = ["--dataset", "folder", "--data-dir", str(photos), "--epochs", "1"]
+    seeds.main([*argv, "--", *flags])
+    monkeypatch.setattr(train_cnn, "main", None)  # existing runs are only measured
+    seeds.main(argv)
+    row, again = results.rows()
+    assert_environment(row)
+    assert row["runs"] == again["runs"]
+    assert (row["network"], row["target"]) == ("cnn", 0) and row["settings"]["stem"] == 4
+    assert [run["seed"] for run in row["runs"]] == [0, 1]
+    for run in row["runs"]:
+        assert run["test_accuracy"] * 8 == round(run["test_accuracy"] * 8)  # of 8 images
+        assert 0 <= run["val_accuracy"] <= 1
+        assert run["epochs"] == 1 and run["finished"] is True
+        assert run["seconds_to_target"] == run["seconds"]  # any accuracy reaches 0
+    tests = [run["test_accuracy"] for run in row["runs"]]
+    assert row["test_mean"] == round(statistics.mean(tests), 4)
+    assert (row["test_std"] or 0) == round(statistics.stdev(tests), 4)
+
+
+def test_seeds_refuses_an_unfinished_run(results, photos, tmp_path, fails, monkeypatch):
+    argv = ["cnn", "--seeds", "0", "--target", "0", "--out-dir", str(tmp_path), *results.flags]
+
+    def stop_after_an_epoch(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "remove_replaced_curves", stop_after_an_epoch)
+    with pytest.raises(SystemExit):
+        seeds.main([*argv, "--", "--dataset", "folder", "--data-dir", str(photos)])
+    assert "is not finished" in fails(seeds.main, *argv)
+
+
+# ---------------------------------------------------------------- gpu.py
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        (1, ["cnn-fast-0", "vit-fast-0", "cnn-fast-512-0", "vit-fast-512-0"]),
+        (2, ["cnn-best-0", "separable-peer-0"]),
+        (3, ["vit-best-0", "vit-peer-0"]),
+    ],
+)
+def test_gpu(part, names, photos, tmp_path, capsys):
+    flags = ["--part", str(part), "--data-dir", str(photos), "--out-dir", str(tmp_path)]
+    gpu.main([*flags, "--tiny"])
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / f"part{part}.json").read_text())
+    assert list(results) == names
+    for name, row in results.items():
+        assert 0 <= row["test_accuracy"] <= 1 and row["epochs"] == 2 and row["finished"] is True
+        assert (tmp_path / f"{name}.log").read_text() and f"\n{name} " in out
+    if part == 1:
+        rows = [json.loads(r) for r in (tmp_path / "throughput.jsonl").read_text().splitlines()]
+        assert [row["model"] for row in rows] == ["cnn", "vit"]
+        assert out.count("auto-augment") == 2  # the tables are printed
+    else:
+        _, checkpoint = load_model(tmp_path / f"{names[0]}.pt")
+        assert checkpoint["classes"] == CLASSES and checkpoint["optimizer"] is None
+
+
+def test_gpu_processes_end_when_the_time_is_up(tmp_path, capsys):
+    def job(name, code):
+        file = tmp_path / f"{name}.py"
+        file.write_text(f"import sys, time\nprint(sys.argv[1:], flush=True)\n{code}\n")
+        return gpu.Job(name, SimpleNamespace(__file__=str(file)), ["--seed", "1"])
+
+    jobs = job("good", ""), job("bad", "sys.exit(3)"), job("long", "time.sleep(60)")
+    started = time.time()
+    args = SimpleNamespace(out_dir=tmp_path, deadline=started + 1.2, tiny=False)
+    gpu.run_jobs(args, *jobs)
+    assert 1.2 <= time.time() - started < 30
+    out = capsys.readouterr().out
+    assert "bad: failed with 3" in out and "long: stopped" in out
+    assert "good: failed" not in out and "long: failed" not in out
+    assert (tmp_path / "good.log").read_text() == "['--seed', '1']\n"
+
+
+def test_gpu_means_leave_out_stopped_runs(capsys):
+    row = {"val_accuracy": 0.5, "seconds": 9.0, "seconds_to_target": 3.0}
+    rows = [row | {"test_accuracy": x, "finished": x < 0.9} for x in (0.5, 0.6, 0.9)]
+    gpu.show({f"cnn-fast-{i}": row for i, row in enumerate(rows)})
+    lines = capsys.readouterr().out.splitlines()
+    assert "cnn-fast-2 was stopped: it counts in no mean" in lines
+    assert lines[-1].split() == "cnn-fast 55.00% ± 7.07% to target 3.0 ± 0.0".split()
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_make_photos(tmp_path):
+    make_photos = load_script("make_photos")
+    make_photos.main([str(tmp_path / "photos")])
+    files = [file.relative_to(tmp_path / "photos") for file in tmp_path.rglob("*.png")]
+    counts = {}
+    for file in files:
+        counts[str(file.parent)] = counts.get(str(file.parent), 0) + 1
+        bottom = int(file.stem[:3]) + make_photos.SIDE
+        assert bottom <= 384 if file.parts[0] == "train" else bottom > 384 + 32
+    assert counts == {
+        f"{part}/{name}": count
+        for part, count in (("train", 11 * 15), ("test", 3 * 15))
+        for name in ("brick", "grass", "gravel")
+    }
+    with Image.open(tmp_path / "photos" / files[0]) as image:
+        assert image.size == (64, 64)
+
+
+def test_make_jpeg_copy(tmp_path, monkeypatch):
+    class Source(list):
+        classes = ("cat", "dog")
+
+    def cifar10(root, train, download):
+        assert root == tmp_path / "data" and download
+        labels = (1, 0, 1) if train else (0,)
+        return Source((Image.new("RGB", (32, 32), (9 * label, 0, 0)), label) for label in labels)
+
+    monkeypatch.setattr(make_jpeg_copy, "CIFAR10", cifar10)
+    make_jpeg_copy.main([str(tmp_path / "data"), str(tmp_path / "copy")])
+    written = sorted(p.relative_to(tmp_path / "copy").as_posix() for p in tmp_path.rglob("*.jpg"))
+    assert written == [
+        "test/cat/0000.jpg", "train/cat/0000.jpg", "train/dog/0000.jpg", "train/dog/0001.jpg",
+    ]  # fmt: skip
