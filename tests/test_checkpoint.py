@@ -4,6 +4,7 @@ import zipfile
 
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 import evaluate
@@ -168,3 +169,21 @@ def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
         UserError, match=r"10 classes, the data set 2; .* only the data set has 'bright', 'dark'"
     ):
         load_data_for(models, "folder", photos)
+
+
+def test_published_networks_load_and_carry_their_test(capsys, tmp_path, monkeypatch):
+    """The self-test passes on the networks as they are, and fails where one layer is changed."""
+    for name in ("cnn", "vit"):
+        path = ROOT / "pretrained" / f"{name}.pt"
+        model, content = checkpoint.load_model(path)
+        assert len(content["self_test"]) == 10
+        assert capsys.readouterr().err == ""
+        logits = model(checkpoint.formula_image(32))[0]
+        torch.testing.assert_close(logits, torch.tensor(content["self_test"]), atol=1e-3, rtol=0)
+    monkeypatch.setattr(torch.nn.functional, "gelu", torch.nn.functional.relu)
+    checkpoint.load_model(ROOT / "pretrained" / "cnn.pt")
+    assert "computes other logits" in capsys.readouterr().err
+    del content["self_test"]  # as files of before November 2026
+    checkpoint.save_checkpoint(tmp_path / "old.pt", content)
+    checkpoint.load_model(tmp_path / "old.pt")
+    assert capsys.readouterr().err == ""

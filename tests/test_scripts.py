@@ -57,3 +57,18 @@ def test_signals(folder, script, number, code):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err
+
+
+def test_help_imports_nothing_that_it_does_not_need():
+    code = """if True:
+        import sys
+        import train_cnn
+        try:
+            train_cnn.main(["--help"])
+        except SystemExit as end:
+            assert end.code == 0
+        slow = ("sklearn", "tensorboard", "matplotlib", "scipy")
+        print("unneeded:", [name for name in slow if name in sys.modules])
+    """
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.rstrip().endswith("unneeded: []"), out

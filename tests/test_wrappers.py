@@ -1,0 +1,157 @@
+"""torch.compile and DataParallel leave no trace in checkpoints; metadata are checked first."""
+
+import pytest
+import torch
+from conftest import TINY_CNN, TINY_VIT
+from torch import nn
+
+import explain
+import optimizers
+import train_cnn
+import train_vit
+import training
+from attribution import METHODS
+from checkpoint import load_checkpoint, load_model, make_metadata, unwrap
+from cli import UserError
+from models import CNN, MODELS
+from training import TrainingSettings
+
+DIGITS = ["--dataset", "digits", "--device", "cpu", "--amp", "off", "--limit-batches", "5"]
+CONFIG = {"classes": 10, "stem": 4, "widths": [8, 8], "depths": [0, 0]}
+FACTS = {"classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
+IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def aot_eager(monkeypatch):
+    """Replace the compiler, which takes minutes, by one that only captures the graphs."""
+    compile_in_place = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda m: compile_in_place(m, backend="aot_eager"))
+
+
+def same(a: dict, b: dict, tolerance=1e-5):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, TINY_VIT)])
+def test_compiled_and_eager_runs_are_interchangeable(tmp_path, monkeypatch, script, tiny):
+    """A run begun eagerly and resumed compiled has the weights of the eager run."""
+    argv = [*DIGITS, *tiny, "--epochs", "2"]
+    script.main([*argv, "--out-dir", str(tmp_path / "eager")])
+    real = training.log_row
+
+    def stop_in_the_second_epoch(row, *logs):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+        real(row, *logs)
+
+    monkeypatch.setattr(training, "log_row", stop_in_the_second_epoch)
+    with pytest.raises(SystemExit):
+        script.main([*argv, "--out-dir", str(tmp_path / "mixed")])
+    monkeypatch.setattr(training, "log_row", real)
+    aot_eager(monkeypatch)
+    script.main(["--resume", "--compile", "--out-dir", str(tmp_path / "mixed")])
+    eager, mixed = (load_checkpoint(tmp_path / d / "last.pt") for d in ("eager", "mixed"))
+    same(eager["model"], mixed["model"], tolerance=1e-3)
+    same(eager["ema"], mixed["ema"], tolerance=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, TINY_VIT)])
+def test_the_real_compiler(tmp_path, script, tiny, capsys):
+    for flags, name in (([], "eager"), (["--compile"], "compiled")):
+        script.main([*DIGITS, *tiny, "--epochs", "1", *flags, "--out-dir", str(tmp_path / name)])
+    eager, compiled = (load_checkpoint(tmp_path / d / "best.pt") for d in ("eager", "compiled"))
+    same(eager["model"], compiled["model"], tolerance=1e-3)
+    explain.main([str(tmp_path / "compiled" / "best.pt"), "--out-dir", str(tmp_path / "maps")])
+    assert "warning" not in capsys.readouterr().err
+
+
+WRAPPERS = {
+    "torch.compile": lambda model: torch.compile(model, backend="aot_eager"),
+    "DataParallel": nn.DataParallel,
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_leaves_no_prefix(tmp_path, wrapper, ema_decay):
+    batches = [(IMAGES, torch.arange(16) % 10)] * 2
+    results = []
+    for name, wrap in (("plain", lambda model: model), ("wrapped", WRAPPERS[wrapper])):
+        torch.manual_seed(0)
+        network = CNN(**CONFIG)
+        model = wrap(network)
+        assert unwrap(model) is network
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        settings = TrainingSettings(out_dir=tmp_path / name, lr=0.1, ema_decay=ema_decay)
+        metadata = make_metadata("cnn", CONFIG, **FACTS)
+        training.train(model, optimizer, batches, batches, settings, metadata)
+        results.append([load_checkpoint(tmp_path / name / f"{f}.pt") for f in ("best", "last")])
+    for plain, wrapped in zip(*results, strict=True):
+        same(plain["model"], wrapped["model"])
+        assert plain["history"][0]["val_loss"] == pytest.approx(wrapped["history"][0]["val_loss"])
+    load_model(tmp_path / "wrapped" / "best.pt")
+
+
+def test_decay_spares_the_positions_of_a_wrapped_vit():
+    vit = MODELS["vit"](dim=16, depth=1, heads=2, patch_size=8)
+    compiled = torch.compile(vit, backend="aot_eager")
+    groups = [optimizers.parameter_groups(m.named_parameters()) for m in (vit, compiled)]
+    ids = [[[id(p) for p in group["params"]] for group in pair] for pair in groups]
+    assert ids[0] == ids[1] and id(vit.positions) in ids[1][1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": None}, "'mean'"),
+        ({"model_config": CONFIG | {"stem": 5}}, "other parameters: .*stem.weight"),
+        ({"model_config": {"colour": "red"}}, "colour"),
+        ({"model_name": "rnn"}, "unknown model 'rnn'"),
+    ],
+)
+def test_metadata_are_checked_before_the_first_step(tmp_path, changes, message):
+    model = CNN(**CONFIG)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    metadata = make_metadata("cnn", CONFIG, **FACTS) | changes
+    settings, batches = TrainingSettings(out_dir=tmp_path), [(IMAGES, torch.arange(16) % 10)]
+    with pytest.raises(UserError, match=message):
+        training.train(
+            model, torch.optim.SGD(model.parameters()), batches, None, settings, metadata
+        )
+    same(before, model.state_dict())
+    assert not list(tmp_path.iterdir())
+
+
+class OnlyForward(nn.Sequential):
+    """A network without `forward_features`."""
+
+    def __init__(self, classes: int = 10):
+        super().__init__(
+            nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7 * 7, classes)
+        )
+
+
+def test_a_network_of_forward_alone_is_explained_by_input_x_gradient(tmp_path, monkeypatch):
+    """For one linear layer, input × gradient is the product of input and weight."""
+    import numpy as np
+
+    monkeypatch.setitem(MODELS, "only-forward", OnlyForward)
+    metadata = make_metadata("only-forward", {"classes": 10}, **FACTS)
+    model, batches = OnlyForward(), [(IMAGES, torch.arange(16) % 10)]
+    settings = TrainingSettings(out_dir=tmp_path / "run")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training.train(model, optimizer, batches, None, settings, metadata)
+    argv = [tmp_path / "run" / "best.pt", "--dataset", "digits", "--count", 2, "--save-maps"]
+    explain.main([*map(str, argv), "--out-dir", str(tmp_path / "maps")])
+    maps = np.load(tmp_path / "maps" / "run_maps-any.npz")["run_input-x-gradient_predicted"]
+    assert maps.shape == (2, 32, 32) and maps.min() < 0 < maps.max()
+
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+    images, targets = torch.randn(5, 3, 8, 8), torch.arange(5)
+    expected = (linear[1].weight[targets].view(5, 3, 8, 8) * images).sum(1)
+    ours = METHODS["input-x-gradient"].compute(linear, images, targets)
+    torch.testing.assert_close(ours, expected)
