@@ -39,6 +39,7 @@ class Batches:
         erase: side of the erased square, in pixels; 0: none.
         auto_augment: apply `trivial_augment`.
         mix: fraction of the batches that `cutmix_or_mixup` mixes.
+        classes: number of classes C, which `mix` needs; None: the largest label + 1.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class Batches:
         erase: int = 0,
         auto_augment: bool = False,
         mix: float = 0.0,
+        classes: int | None = None,
     ):
         self.device = torch.device(device)
         self.split, self.batch_size, self.train = split.to(self.device), batch_size, train
         self.flip, self.shift, self.erase = flip, shift, erase
-        self.auto_augment, self.mix, self.classes = auto_augment, mix, int(split.labels.max()) + 1
+        self.auto_augment, self.mix = auto_augment, mix
+        self.classes = classes or int(split.labels.max()) + 1
         self.normalise = Normaliser(mean, std, self.device)
 
     def __len__(self) -> int:

@@ -99,6 +99,7 @@ def make_batches(data: Data, settings, device) -> tuple[Batches, Batches | None]
     common = {"mean": data.mean, "std": data.std, "device": device}
     keys = ("flip", "shift", "erase", "auto_augment", "mix")
     augmentation = {key: getattr(settings, key) for key in keys}
+    augmentation["classes"] = len(data.classes)
     train_batches = Batches(data.train, settings.batch_size, train=True, **augmentation, **common)
     size = batch_size_without_training(data.val.images.shape[-1])
     return train_batches, Batches(data.val, size, **common) if len(data.val) else None

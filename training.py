@@ -160,7 +160,13 @@ def progress(batches, title: str, steps: int):
 
 
 def limited_length(batches, limit: int | None) -> int:
-    """How many of the batches are used: all, or at most `limit`."""
+    """How many of the batches are used: all, or at most `limit`.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    if not len(batches):
+        raise ValueError("no batches: use a smaller batch size")
     return min(len(batches), limit or len(batches))
 
 
