@@ -121,7 +121,7 @@ def describe_run(data: Data, settings, model_name: str, model_config: dict) -> d
     )  # fmt: skip
 
 
-def normalised_alike(one: dict, other: dict, tolerance: float) -> bool:
+def same_normalisation(one: dict, other: dict, tolerance: float) -> bool:
     """Whether two checkpoints have the same classes and image size, and about one mean and std."""
     same = one["classes"] == other["classes"]
     same &= one["dataset"]["image_size"] == other["dataset"]["image_size"]
@@ -134,7 +134,7 @@ def refuse_other_images(metadata: dict, checkpoint: dict) -> None:
     new, old = metadata["dataset"], checkpoint["dataset"]
     changed = new["sizes"] != old["sizes"]
     changed |= old.get("files") is not None and new["files"] != old["files"]  # older runs: None
-    if changed or not normalised_alike(metadata, checkpoint, 1e-4):
+    if changed or not same_normalisation(metadata, checkpoint, 1e-4):
         raise UserError(
             "--resume: the images in --data-dir are not those of the run: it had "
             f"{sum(old['sizes'])} of {len(checkpoint['classes'])} classes; there are "
@@ -154,7 +154,7 @@ def load_teacher(path: Path, out_dir: Path, metadata: dict, model: nn.Module) ->
         teacher, checkpoint = load_model(path, next(model.parameters()).device)
     except UserError as error:
         raise UserError(f"--teacher {error}") from None
-    if not normalised_alike(metadata, checkpoint, 0.02):
+    if not same_normalisation(metadata, checkpoint, 0.02):
         raise UserError(
             f"--teacher {path}: it was trained on other images, sizes or classes "
             f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): use a "
