@@ -65,9 +65,9 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, resu
         UserError: wrong metadata, a checkpoint that does not fit, or a loss that is not finite.
     """
     network, device = unwrap(model), next(model.parameters()).device
-    check_metadata(metadata, network)
+    check_metadata(metadata, network)  # now, not when the first checkpoint is used
     steps_per_epoch = limited_length(train_batches, settings.limit_batches)
-    total_steps = settings.epochs * steps_per_epoch
+    total_steps = settings.epochs * steps_per_epoch  # optimizer steps
     amp_dtype = choose_amp(settings.amp, device)
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
@@ -79,13 +79,12 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, resu
         )
     seconds = history[-1]["seconds"] if history else 0.0
     log_train, log_val = open_logs(settings, step, metadata["settings"])
-    print(TABLE_HEAD, flush=True)
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
         # 1. Seed: order, augmentation and stochastic depth follow from (seed, epoch). So no random
         #    state has to be saved, and a resumed run is the same run.
         torch.manual_seed(epoch_seed(settings.seed, epoch))
-        model.train()
+        model.train()  # batch norm and stochastic depth behave differently in eval mode
         loss_sum, correct, norm_sum = torch.zeros(3, device=device)
         seen, started = 0, time.perf_counter()
 
@@ -95,14 +94,14 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, resu
             # 2. Learning rate: a function of the step, so there is no scheduler state to save.
             lr = float(lr_at(step, total_steps, settings.warmup, settings.lr))
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1)
+                group["lr"] = lr * group.get("lr_scale", 1)  # Muon's rate is another
 
             # 3. Forward: autocast uses half precision where that is fast and safe. The sums stay
             #    on the device, because reading a number at every step would make a GPU wait.
             with autocast:
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
-            loss_sum += loss.detach() * len(labels)
+            loss_sum += loss.detach() * len(labels)  # without detach the graph would be kept
             correct += (logits.argmax(1) == class_numbers(labels)).sum()
             seen += len(labels)
 
@@ -110,13 +109,13 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, resu
             #    become 0. Where it is disabled, its methods change nothing.
             scaler.scale(loss).backward()
 
-            # 5. Step: gradients are unscaled before they are clipped, and set to None at the end.
+            # 5. Step: gradients are unscaled first, because clipping needs their true norm.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
             norm_sum += norm.nan_to_num(posinf=0)  # infinite where float16 skips the step
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # or the next gradients would be added to these
             step += 1
 
             # 6. Average: a moving average of the weights is a better network than the last one.
@@ -172,6 +171,7 @@ def limited_length(batches, limit: int | None) -> int:
 
 def epoch_seed(seed: int, epoch: int) -> int:
     """One well-mixed 64-bit number for each (seed, epoch)."""
+    # seed + epoch would not do: epoch 2 of seed 0 would be epoch 1 of seed 1.
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
 
 
@@ -197,6 +197,7 @@ def update_average(ema: nn.Module, network: nn.Module, step: int, decay: float) 
 
     d = min(decay, (1 + step) / (10 + step)): a young average forgets the random start faster.
     """
+    # Batch-norm statistics are buffers, not parameters; so the state dicts are averaged.
     d = min(decay, (1 + step) / (10 + step))
     new = network.state_dict()
     old = {name: value for name, value in ema.state_dict().items() if value.is_floating_point()}
@@ -212,7 +213,7 @@ def validate(network, batches, settings, autocast) -> dict:
     """
     if not batches:
         return {"val_loss": None, "val_accuracy": None}
-    network.eval()
+    network.eval()  # batch norm uses its running statistics, not those of the batch
     device = next(network.parameters()).device
     loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     steps = limited_length(batches, settings.limit_batches)
@@ -221,6 +222,7 @@ def validate(network, batches, settings, autocast) -> dict:
         with autocast:
             logits = network(images).float()
         smoothing = settings.label_smoothing
+        # A sum, because a mean of means would give an incomplete last batch too much weight.
         loss_sum += F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
@@ -259,7 +261,7 @@ def table_row(row: dict) -> str:
 
 
 def open_logs(settings, step: int, flags: dict):
-    """Two TensorBoard writers with the same tags: training and validation share each chart."""
+    """Print the table's head; open two TensorBoard writers, whose curves share each chart."""
     from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
 
     # What an interrupted run logged after its last checkpoint is hidden. The curves of a run that
@@ -269,6 +271,7 @@ def open_logs(settings, step: int, flags: dict):
     log_train, log_val = (SummaryWriter(folder, purge_step=purge_step) for folder in folders)
     table = ["|setting|value|", "|---|---|", *(f"|{k}|{v}|" for k, v in flags.items())]
     log_train.add_text("settings", "\n".join(table), step)
+    print(TABLE_HEAD, flush=True)
     return log_train, log_val
 
 
