@@ -1,4 +1,4 @@
-"""Attribution methods: which parts of an image a network's answer depends on.
+"""Attribution methods: which parts of an image a network uses.
 
     B batch   K feature channels   h, w feature map   N tokens = 1 class token + P patches
     L layers  heads
@@ -58,7 +58,7 @@ def attention_maps(model, images: torch.Tensor) -> torch.Tensor:
 
 
 def last_attention(model, images: torch.Tensor, targets=None) -> torch.Tensor:
-    """The class token's attention in the last layer, averaged over the heads: (B, h, w)."""
+    """The class token's attention in the last layer, mean of the heads: (B, h, w), of no class."""
     return attention_maps(model, images)[:, -1].mean(1)
 
 
@@ -66,7 +66,7 @@ def rollout(attentions: list[torch.Tensor]) -> torch.Tensor:
     """Attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928): (B, N, N), rows sum to 1.
 
     attentions: per layer (B, heads, N, N), the first layer first. Heads are averaged, and the
-    shortcut around the attention counts as much as the attention: A <- (A + 1) / 2.
+    shortcut around the attention counts as much as the attention: A <- (A + I) / 2.
     """
     total = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     for attention in attentions:
@@ -78,7 +78,7 @@ def rollout(attentions: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def attention_rollout(model, images: torch.Tensor, targets=None) -> torch.Tensor:
-    """The class token's row of the rollout, over the patches: (B, h, w)."""
+    """The class token's row of the rollout, over the patches: (B, h, w), of no class."""
     return patch_grid(rollout(intermediates_of(model, images)["attention"])[:, 0, 1:])
 
 
@@ -100,16 +100,18 @@ class Method:
 
     compute: Callable  # (model, images, targets) -> maps (B, h, w)
     title: str
-    needs: frozenset[str]  # one of these intermediates; empty: nothing but `forward`
-    takes_target: bool  # whether the map is of one class
+    needs: frozenset[str]  # any one of these intermediates suffices; empty: needs `forward` only
+    takes_target: bool = False  # whether the map is of one class
     signed: bool = False  # whether values below 0 speak against the class
 
 
 METHODS = {
-    "grad-cam": Method(grad_cam, "Grad-CAM", frozenset({"map", "tokens"}), True),
-    "attention": Method(last_attention, "attention, last layer", frozenset({"attention"}), False),
-    "rollout": Method(attention_rollout, "rollout", frozenset({"attention"}), False),
-    "input-x-gradient": Method(input_x_gradient, "input × gradient", frozenset(), True, True),
+    "grad-cam": Method(grad_cam, "Grad-CAM", frozenset({"map", "tokens"}), takes_target=True),
+    "attention": Method(last_attention, "attention, last layer", frozenset({"attention"})),
+    "rollout": Method(attention_rollout, "rollout", frozenset({"attention"})),
+    "input-x-gradient": Method(
+        input_x_gradient, "input × gradient", frozenset(), takes_target=True, signed=True
+    ),
 }
 
 
@@ -117,13 +119,13 @@ METHODS = {
 def methods_for(model, image_size: int, wanted: list[str] | None = None) -> list[str]:
     """The methods that a network can be explained by, in the order of the table.
 
-    A network is asked with one black image which intermediates it offers. Without `wanted`:
+    One blank image tells which intermediates it offers. Without `wanted`:
     input × gradient only where nothing else is possible.
     """
     offered = set()
     if hasattr(model, "forward_features"):
-        black = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
-        offered = set(intermediates_of(model, black))
+        blank = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
+        offered = set(intermediates_of(model, blank))
     possible = [name for name, m in METHODS.items() if not m.needs or m.needs & offered]
     if wanted:
         return [name for name in possible if name in wanted]

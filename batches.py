@@ -1,4 +1,4 @@
-"""Batches on the device: normalisation, augmentation, distillation, a network's answers.
+"""Batches on the device: normalisation, augmentation, distillation, predictions.
 
     B batch   H, W image height and width   C classes   N images
 
@@ -78,15 +78,16 @@ class Batches:
         seed = torch.randint(2**62, ()).item()
         order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
         for step in range(len(self)):
-            draws = torch.Generator(self.device).manual_seed(seed + 1 + step)
+            # Other seeds than that of the order: one for our draws, one for torchvision's below.
+            generator = torch.Generator(self.device).manual_seed(seed + 1 + step)
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             images, labels = self._on_device(rows)
-            images = flip_and_shift(images, draws, flip=self.flip, shift=self.shift)
+            images = flip_and_shift(images, generator, flip=self.flip, shift=self.shift)
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
                 torch.default_generator.manual_seed(seed + 1 + len(self) + step)
                 if self.auto_augment:
                     images = trivial_augment(images)
-                images = erase_square(self.normalise(images), draws, self.erase)
+                images = erase_square(self.normalise(images), generator, self.erase)
                 if torch.rand(()) < self.mix:
                     images, labels = cutmix_or_mixup(images, labels, self.classes)
             yield images, labels
@@ -111,7 +112,7 @@ class DistillationBatches:
     """Training batches whose labels are half the true class and half a teacher's probabilities.
 
     The loss is then the mean of the two cross-entropies: distillation without a separate token
-    (Touvron et al. 2021, arXiv 2012.12877, eq. 2 at temperature 1, up to a constant). Label
+    (Touvron et al. 2021, arXiv 2012.12877, eq. 2 at temperature 1). Label
     smoothing, if on, applies to both.
 
     Args:
@@ -146,7 +147,7 @@ def batch_size_without_training(image_size: int, *, explain: bool = False) -> in
 
 @torch.inference_mode()
 def predict(model, batches) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits float32 (N, C) and labels (N,) of all batches, on the CPU; one forward per image."""
+    """Logits float32 (N, C) and labels (N,) on the CPU, without test-time augmentation."""
     logits, labels = [], []
     for x, y in tqdm(batches, "predicting", leave=False, disable=None):
         logits.append(model(x).float().cpu())
@@ -212,7 +213,7 @@ def trivial_augment(images: torch.Tensor, groups: int = 16) -> torch.Tensor:
     uint8 (B, 3, H, W) -> the same.
     """
     augment = v2.TrivialAugmentWide()
-    parts = images.split(-(-len(images) // groups))
+    parts = images.split(-(-len(images) // groups))  # rounded up
     return torch.cat([augment(part) for part in parts])
 
 

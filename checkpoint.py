@@ -1,4 +1,6 @@
-"""Save, load, check and publish checkpoints: dicts of plain types and tensors that run no code.
+"""Save, load, check and publish checkpoints: dicts of plain types and tensors.
+
+Loading one executes no code.
 
 `last.pt` holds everything that is needed to resume a training. `best.pt` holds the weights that
 scored best on validation. To publish a checkpoint (weights alone, in half precision):
@@ -74,7 +76,7 @@ def check_metadata(metadata: dict, network: nn.Module) -> None:
     """
     for key, kind in METADATA.items():
         if not isinstance(metadata.get(key), kind):
-            raise UserError(f"the metadata have no {key!r}: make them with make_metadata")
+            raise UserError(f"metadata[{key!r}] is missing or wrong: use checkpoint.make_metadata")
     try:
         rebuilt = build_network(metadata)
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (rebuilt, network)]
@@ -84,7 +86,7 @@ def check_metadata(metadata: dict, network: nn.Module) -> None:
     except (ValueError, TypeError) as error:
         raise UserError(
             f"model {metadata['model_name']!r} with its model_config is not the network to train "
-            f"({error}): change models.py, so that the checkpoint can be loaded"
+            f"({error}): change models.py or the metadata, or the checkpoint could not be loaded"
         ) from None
 
 
@@ -109,18 +111,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-# ---------------------------------------------------------------- a checkpoint's own test
+# ---------------------------------------------------------------- self-test
 
 
 def formula_image(size: int) -> torch.Tensor:
-    """A normalised image (1, 3, size, size) of waves, the same on every machine."""
+    """A synthetic image (1, 3, size, size) of waves, the same on every machine."""
     c, y, x = torch.meshgrid(*map(torch.arange, (3, size, size)), indexing="ij")
     return torch.sin(0.9 * y + 1.7 * c).add(torch.cos(0.4 * x - 0.8 * c))[None]
 
 
 @torch.no_grad()
 def self_test(network: nn.Module, metadata: dict) -> list[float]:
-    """The logits of `formula_image`, in float32 on the CPU; network in eval mode there."""
+    """The logits of `formula_image`. `network`: float32, on the CPU, in eval mode."""
     return network(formula_image(metadata["dataset"]["image_size"]))[0].tolist()
 
 
@@ -129,13 +131,12 @@ def compare_self_test(network: nn.Module, checkpoint: dict, path: str | Path) ->
     if "self_test" not in checkpoint:
         return
     saved = torch.tensor(checkpoint["self_test"])
-    difference = (
-        torch.tensor(self_test(network, checkpoint)) - saved
-    ).abs().max() / saved.abs().max()
-    if not difference <= 0.01:
+    computed = torch.tensor(self_test(network, checkpoint))
+    difference = (computed - saved).abs().max() / saved.abs().max()
+    if not difference <= 0.01:  # also where it is NaN
         warn(
-            f"{path}: its network computes other logits than when it was saved (by "
-            f"{difference:.0%} of the largest): models.py has changed since; use the version that "
+            f"{path}: its network computes other logits than when it was saved (they differ by "
+            f"{difference:.0%} of the largest): models.py has changed since. Use the version that "
             "it was trained with, or train again"
         )
 
@@ -150,7 +151,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
         OSError: the file cannot be written; an old file is left as it was.
     """
     assert checkpoint.keys() - OPTIONAL == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
-    buffer = io.BytesIO()  # serialised in memory: an error in it touches no file
+    buffer = io.BytesIO()  # serialised first, so that an error leaves no partial file
     torch.save(checkpoint, buffer)
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -164,8 +165,8 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
         partial.unlink(missing_ok=True)
 
 
-def weights_only(checkpoint: dict, dtype: torch.dtype | None = None) -> dict:
-    """The checkpoint without what resuming needs: averaged weights if any, and their self-test.
+def without_training_state(checkpoint: dict, dtype: torch.dtype | None = None) -> dict:
+    """The checkpoint with weights alone, averaged ones if there are any, and their self-test.
 
     `dtype`: convert floating-point weights to it.
     """
@@ -180,12 +181,13 @@ def weights_only(checkpoint: dict, dtype: torch.dtype | None = None) -> dict:
 
 def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
     """Write last.pt, and best.pt with the weights of the best epoch and the whole history."""
-    out_dir, published = Path(out_dir), weights_only(checkpoint)
-    best = published
+    out_dir, current = Path(out_dir), without_training_state(checkpoint)
+    best = current
     if checkpoint["best"]["epoch"] < checkpoint["epoch"]:
         best = load_checkpoint(out_dir / "best.pt") | {"history": checkpoint["history"]}
+    # best.pt first: if the second file is not written, resuming repeats the epoch.
     save_checkpoint(out_dir / "best.pt", best)
-    save_checkpoint(out_dir / "last.pt", checkpoint | {"self_test": published["self_test"]})
+    save_checkpoint(out_dir / "last.pt", checkpoint | {"self_test": current["self_test"]})
 
 
 def check_finite(network: nn.Module, row: dict, settings) -> None:
@@ -201,7 +203,8 @@ def check_finite(network: nn.Module, row: dict, settings) -> None:
     kept = f"; {settings.out_dir} keeps epoch {epoch - 1}, the last good one" if epoch > 1 else ""
     raise UserError(
         f"the loss or the weights are no longer finite in epoch {epoch} (by step {row['step']}) "
-        f"with --lr {settings.lr:g}: start again with lower --lr, --muon-lr or --weight-decay{kept}"
+        f"with --lr {settings.lr:g}: start again with a lower --lr, --muon-lr or --weight-decay"
+        + kept
     )
 
 
@@ -240,7 +243,7 @@ def _read(path: Path):
             return torch.load(contents, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: not loaded: it holds Python objects, which could run code"
+            f"{path}: not loaded: it holds Python objects, which could run code; use another file"
         ) from None
     except Exception as error:  # zipfile, zlib, pickle and torch raise many kinds
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -249,7 +252,7 @@ def _read(path: Path):
 
 
 def _is_valid(key: str, value) -> bool:
-    """Whether `value` holds what readers of a checkpoint's `key` rely on."""
+    """Whether `value` is valid for `key`, as far as other code relies on it."""
     match key:
         case "mean" | "std":
             finite = all(isinstance(v, float) and math.isfinite(v) for v in value)
@@ -275,17 +278,17 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
             raise ValueError(f"it names {len(checkpoint['classes'])} classes")
         model = build_network(checkpoint)
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])  # half becomes float32
+        if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+            raise UserError(f"{path}: some of its weights are not finite; use another copy")
+        compare_self_test(model.eval(), checkpoint, path)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         line = _one_line(error).split("state_dict for ")[-1]
         raise UserError(f"{path}: its weights do not fit its model ({line})") from None
-    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
-        raise UserError(f"{path}: some of its weights are not finite; use another copy")
-    compare_self_test(model.eval(), checkpoint, path)
     return model.to(device), checkpoint
 
 
 def training_state(network, optimizer, scaler, ema) -> dict:
-    """What `restore` loads again."""
+    """The state dicts of network, averaged weights, optimizer and gradient scaler."""
     return {
         "model": network.state_dict(),
         "ema": None if ema is None else ema.state_dict(),
@@ -311,11 +314,14 @@ def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple
             scaler.load_state_dict(checkpoint["scaler"])
         if ema is not None:
             ema.load_state_dict(checkpoint["ema"])
+        rebuilt = build_network(checkpoint).eval()
+        rebuilt.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        compare_self_test(rebuilt, checkpoint, path)
     except Exception as error:  # PyTorch raises many kinds
-        raise UserError(f"--resume: {path} is not of this version ({_one_line(error)})") from None
-    rebuilt = build_network(checkpoint).eval()
-    rebuilt.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-    compare_self_test(rebuilt, checkpoint, path)
+        raise UserError(
+            f"--resume: {path} does not fit models.py or the optimizer ({_one_line(error)}): take "
+            "the change back, or start again (--overwrite)"
+        ) from None
     return checkpoint["step"], checkpoint["best"], checkpoint["history"]
 
 
@@ -337,7 +343,7 @@ def main(argv=None):
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")
     if not args.target.parent.is_dir():
         raise UserError(f"{args.target}: there is no folder {args.target.parent}; make it first")
-    save_checkpoint(args.target, weights_only(checkpoint, torch.float16))
+    save_checkpoint(args.target, without_training_state(checkpoint, torch.float16))
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB")
 
 

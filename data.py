@@ -53,12 +53,12 @@ class Split:
         return Split(self.images, self.labels, self.indices[which])
 
     def to(self, device: torch.device) -> "Split":
-        """The whole split on a GPU, if it fits into a quarter of its memory; else unchanged."""
+        """The whole split on a GPU, if it takes less than a quarter of its free memory."""
         size = len(self) * self.images[0].numel()
         if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
             shape = len(self), *self.images.shape[1:]
             images = torch.empty(shape, dtype=torch.uint8, device=device)
-            for part in torch.arange(len(self)).split(4096):  # never whole in the CPU's memory
+            for part in torch.arange(len(self)).split(4096):  # may not fit into the CPU's memory
                 images[part[0] : part[-1] + 1] = self.rows(part)[0].to(device)
             labels = self.labels[self.indices].to(device)
             return Split(images, labels, torch.arange(len(self), device=device))
@@ -80,7 +80,7 @@ class Data:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     note: str = ""  # what the reader should know, e.g. how many files were skipped
-    files: str = ""  # a hash of a folder's files, by path and size
+    files_hash: str = ""  # a hash of a folder's files, by path and size
 
 
 def load_data(
@@ -135,7 +135,7 @@ def stratified_split(labels, indices, fraction, what: str, advice: str):
     """Split `indices` in two, stratified by label; the second part gets `fraction` of them.
 
     Raises:
-        UserError: too few images; it begins with `what` and ends with `advice`.
+        UserError: too few images. The message begins with `what` and ends with `advice`.
     """
     from sklearn.model_selection import train_test_split  # takes seconds: not for --help
 
@@ -200,7 +200,9 @@ def _load_digits():
     images = images.to(torch.uint8).expand(-1, 3, -1, -1)
     labels = torch.from_numpy(digits.target)
     everything = torch.arange(len(labels))
-    train, test = stratified_split(labels, everything, TEST_FRACTION, "the test split", "")
+    train, test = stratified_split(
+        labels, everything, TEST_FRACTION, "the test split", "install scikit-learn again"
+    )
     return images, labels, {"train": train, "test": test}
 
 
@@ -213,5 +215,5 @@ def channel_statistics(split: Split) -> tuple[tuple, tuple]:
         squares += images.square().sum((0, 2, 3))
         pixels += images.numel() // 3
     mean = total / pixels
-    std = (squares / pixels - mean**2).clamp_min(1).sqrt()  # one colour only: no division by 0
+    std = (squares / pixels - mean**2).clamp_min(1).sqrt()  # not 0 for images of one colour
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())

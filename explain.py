@@ -1,4 +1,4 @@
-"""Explain checkpoints: which parts of an image a network's answer depends on.
+"""Explain checkpoints: which parts of an image a network uses.
 
     python explain.py runs/cifar10-cnn/best.pt                        test images, by Grad-CAM
     python explain.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt --show wrong
@@ -123,7 +123,7 @@ def make_columns(model: TrainedModel, methods, targets, examples: Examples, p) -
         method = METHODS[name]
         for target in targets if method.takes_target else (None,):
             goal = chosen[target or "predicted"]  # (B,)
-            outputs = model.positions(examples.classes)[goal]
+            outputs = model.output_indices(examples.classes)[goal]
             columns.append({
                 "key": f"{model.name}_{name}" + (f"_{target}" if target else ""),
                 "header": f"{model.name}\n{method.title} ({target or 'any class'})",
@@ -231,7 +231,7 @@ def main(argv=None):
     if args.save_maps:
         written.append("+".join(m.name for m in models).replace("/", "-") + f"_maps-{kind}.npz")
         maps = {column["key"]: column["maps"].numpy() for column in columns}
-        known = {"labels": examples.split.labels, "indices": examples.positions}
+        known = {"labels": examples.split.labels, "indices": examples.test_rows}
         np.savez(args.out_dir / written[-1], **maps, **known, predictions=np.stack(predictions))
     print(f"written to {args.out_dir}: {', '.join(written)}")
     if args.images and len(examples.files) < len(set(args.images)):

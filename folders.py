@@ -29,7 +29,7 @@ class Listing:
     notes: list[str]  # what the reader should know, e.g. how many files were skipped
 
     def digest(self, root: Path) -> str:
-        """A short hash of the files' relative paths and sizes."""
+        """A short hash of the files' relative paths and sizes; copying a folder keeps it."""
         return digest_of(
             [f"{os.path.relpath(path, root)} {s.split()[0]}" for path, s in self.files]
         )
@@ -70,7 +70,7 @@ def list_images(root: Path, *, test_alone: bool = False) -> Listing:
                 f"--data-dir {root}: class {min(found - set(classes))!r} is in {part}/ but not in "
                 "train/: add it there, or remove it"
             )
-    notes = [f"skipped {skipped} that are not {' '.join(IMG_EXTENSIONS)}"] if skipped else []
+    notes = [f"skipped files: {skipped} (not {' '.join(IMG_EXTENSIONS)})"] if skipped else []
     if unused:
         notes.append(f"not used: {quoted(unused)}")
     missing = set(classes) - names_of.get("test", set(classes))
@@ -80,12 +80,14 @@ def list_images(root: Path, *, test_alone: bool = False) -> Listing:
 
 
 def _split_folders(root: Path, test_alone: bool) -> tuple[list[str], set[str]]:
-    """Which of train/, val/ and test/ hold classes (none: one level), and what is not used."""
+    """Which of train/, val/ and test/ hold classes, and which folders are not used."""
     folders = [folder.name for folder in _folders(root)]
     splits = [part for part in SPLITS if part in folders]
     nested = any(_folders(root / part) for part in splits)
+    # Without train/ and test/ the folders are classes. So they are if train/ has no folders in it
+    # and other folders are beside it: then a class is called train.
     if not {"train", "test"} & set(splits) or (len(folders) > len(splits) and not nested):
-        return [], set()  # one level; a class may be called train
+        return [], set()
     if not {"train", "test"} <= set(splits) and not (test_alone and "test" in splits):
         missing = "test" if "train" in splits else "train"
         raise UserError(
@@ -96,6 +98,7 @@ def _split_folders(root: Path, test_alone: bool) -> tuple[list[str], set[str]]:
 
 
 def digest_of(lines: list[str]) -> str:
+    """A short hash of some lines of text."""
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -108,7 +111,9 @@ def _scan(folder: Path):
     found, skipped = [], 0
     for directory in _folders(folder):
         if not directory.name.isprintable():
-            raise UserError(f"{folder}: the folder {directory.name!r} cannot be printed; rename it")
+            raise UserError(
+                f"{folder}: the folder name {directory.name!r} cannot be printed; rename it"
+            )
         before = len(found)
         with os.scandir(directory) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
@@ -161,7 +166,7 @@ def decoded_images(root: Path, files: list[tuple[str, str]], size: int) -> torch
             with contextlib.suppress(OSError):
                 partial.unlink()
     try:
-        images = np.load(cache, mmap_mode="c")  # "c": our writes would stay private
+        images = np.load(cache, mmap_mode="c")  # copy-on-write: PyTorch warns of read-only arrays
     except (ValueError, EOFError):
         raise UserError(f"{cache}: damaged; remove it, and it will be made again") from None
     return torch.from_numpy(images)
@@ -185,7 +190,7 @@ def read_image(path: str | Path, size: int | None = None) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give image files") from None
+        raise UserError(f"{path}: is a folder; name image files") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image; replace it, or remove it") from None
     except Image.DecompressionBombError:
@@ -206,7 +211,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its values are floating-point numbers")
     if image.mode.startswith("I"):  # up to 65,535
-        values = np.asarray(image).astype(np.float32) / 257
+        values = np.asarray(image).astype(np.float32) / 257  # 65,535 / 255
         image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -227,6 +227,7 @@ class ViT(nn.Module):
             raise ValueError("classes, depth, dim × mlp_ratio must be at least 1")
         self.grid = image_size // patch_size  # P = grid × grid
         self.patchify = nn.Conv2d(3, dim, patch_size, stride=patch_size)  # a linear map per patch
+        # Weight decay spares both by these names: see optimizers.py.
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(sine_positions(self.grid, dim))  # learned from there on
         self.blocks = nn.ModuleList(

@@ -1,4 +1,4 @@
-"""From settings to data, network and batches; from checkpoints to networks, data and images."""
+"""Set up a training from its flags. Load networks, data and images for the other scripts."""
 
 import argparse
 import dataclasses
@@ -23,56 +23,56 @@ from models import build_model, count_parameters, model_arguments
 # ---------------------------------------------------------------- before training
 
 
-def prepare(settings: argparse.Namespace, model_name: str, checkpoint: dict | None):
-    """Load the data, build the network, make the out-dir; print in one line what will be trained.
+def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None):
+    """Load the data, build the network, make --out-dir; print in one line what will be trained.
 
     Args:
-        settings: all flags of a training script.
+        flags: all flags of a training script.
         model_name: the network's name in `models.MODELS`. Its constructor gets `classes` and those
-            of the settings that it takes.
+            of the flags that it takes.
         checkpoint: the checkpoint to resume from, or None.
 
     Returns:
         (model on its device, training batches, validation batches or None, metadata).
 
     Raises:
-        UserError: no such device, no data, a network that cannot be built, an out-dir that cannot
+        UserError: no such device, no data, a network that cannot be built, an --out-dir that cannot
             be written, or other images than those of the run to resume.
     """
-    device = choose_device(settings.device)
-    amp_dtype = choose_amp(settings.amp, device)
-    if settings.dataset == "folder" and settings.out_dir.resolve() == settings.data_dir.resolve():
-        raise UserError(f"--out-dir {settings.out_dir} is the folder of images: choose another")
-    if settings.dataset != "folder" and settings.image_size != 32:
+    device = choose_device(flags.device)
+    amp_dtype = choose_amp(flags.amp, device)
+    if flags.dataset == "folder" and flags.out_dir.resolve() == flags.data_dir.resolve():
+        raise UserError(f"--out-dir {flags.out_dir} is the folder of images: choose another")
+    if flags.dataset != "folder" and flags.image_size != 32:
         raise UserError("--image-size is for --dataset folder alone: omit it")
-    make_out_dir(settings.out_dir)
+    make_out_dir(flags.out_dir)
     data = load_data(
-        settings.dataset,
-        settings.data_dir,
-        image_size=settings.image_size,
-        val_fraction=settings.val_fraction,
+        flags.dataset,
+        flags.data_dir,
+        image_size=flags.image_size,
+        val_fraction=flags.val_fraction,
     )
-    if settings.batch_size > len(data.train):
+    if flags.batch_size > len(data.train):
         raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training "
+            f"--batch-size {flags.batch_size} is more than the {len(data.train)} training "
             "images: use a smaller one"
         )
-    torch.manual_seed(settings.seed)
-    config = model_arguments(model_name, vars(settings) | {"classes": len(data.classes)})
+    torch.manual_seed(flags.seed)
+    config = model_arguments(model_name, vars(flags) | {"classes": len(data.classes)})
     model = _build(model_name, config).to(device, memory_format=torch.channels_last)
-    if settings.compile:
+    if flags.compile:
         model.compile()
-    metadata = describe_run(data, settings, model_name, config)
+    metadata = describe_run(data, flags, model_name, config)
     if checkpoint is not None:
         refuse_other_images(metadata, checkpoint)
-    train_batches, val_batches = make_batches(data, settings, device)
+    train_batches, val_batches = make_batches(data, flags, device)
     choices = {key: config[key] for key in config if key not in ("classes", "image_size")}
     print(
         f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
         f"{len(data.test):,} test images; {model_name} of {count_parameters(model):,} parameters; "
-        f"{settings.epochs} epochs, batch {settings.batch_size}, on {device.type}, "
+        f"{flags.epochs} epochs, batch {flags.batch_size}, on {device.type}, "
         f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
-        + (f"; {as_flags(choices | {'flip': settings.flip})}" if data.name == "digits" else "")
+        + (f"; {as_flags(choices | {'flip': flags.flip})}" if data.name == "digits" else "")
         + (f"; {data.note}" if data.note else "")
     )
     return model, train_batches, val_batches, metadata
@@ -94,35 +94,35 @@ def _build(model_name: str, config: dict) -> nn.Module:
         ) from None
 
 
-def make_batches(data: Data, settings, device) -> tuple[Batches, Batches | None]:
+def make_batches(data: Data, flags, device) -> tuple[Batches, Batches | None]:
     """Augmented batches for training and, if there is a validation split, unchanged ones for it."""
     common = {"mean": data.mean, "std": data.std, "device": device}
     keys = ("flip", "shift", "erase", "auto_augment", "mix")
-    augmentation = {key: getattr(settings, key) for key in keys}
+    augmentation = {key: getattr(flags, key) for key in keys}
     augmentation["classes"] = len(data.classes)
-    train_batches = Batches(data.train, settings.batch_size, train=True, **augmentation, **common)
+    train_batches = Batches(data.train, flags.batch_size, train=True, **augmentation, **common)
     size = batch_size_without_training(data.val.images.shape[-1])
     return train_batches, Batches(data.val, size, **common) if len(data.val) else None
 
 
-def describe_run(data: Data, settings, model_name: str, model_config: dict) -> dict:
+def describe_run(data: Data, flags, model_name: str, model_config: dict) -> dict:
     """The metadata of a run of the training scripts."""
     dataset = {
         "name": data.name,
-        "data_dir": settings.data_dir,
-        "image_size": settings.image_size,
-        "val_fraction": settings.val_fraction,
+        "data_dir": flags.data_dir,
+        "image_size": flags.image_size,
+        "val_fraction": flags.val_fraction,
         "sizes": [len(data.train), len(data.val), len(data.test)],
-        "files": data.files,
+        "files": data.files_hash,
     }
     return make_metadata(
         model_name, model_config, classes=data.classes, mean=data.mean, std=data.std,
-        dataset=dataset, settings=vars(settings),
+        dataset=dataset, settings=vars(flags),
     )  # fmt: skip
 
 
-def same_normalisation(one: dict, other: dict, tolerance: float) -> bool:
-    """Whether two checkpoints have the same classes and image size, and about one mean and std."""
+def same_kind_of_images(one: dict, other: dict, tolerance: float) -> bool:
+    """Whether classes and image size of two checkpoints are equal, and mean and std nearly so."""
     same = one["classes"] == other["classes"]
     same &= one["dataset"]["image_size"] == other["dataset"]["image_size"]
     statistics = [checkpoint["mean"] + checkpoint["std"] for checkpoint in (one, other)]
@@ -134,11 +134,12 @@ def refuse_other_images(metadata: dict, checkpoint: dict) -> None:
     new, old = metadata["dataset"], checkpoint["dataset"]
     changed = new["sizes"] != old["sizes"]
     changed |= old.get("files") is not None and new["files"] != old["files"]  # older runs: None
-    if changed or not same_normalisation(metadata, checkpoint, 1e-4):
+    if changed or not same_kind_of_images(metadata, checkpoint, 1e-4):
         raise UserError(
-            "--resume: the images in --data-dir are not those of the run: it had "
-            f"{sum(old['sizes'])} of {len(checkpoint['classes'])} classes; there are "
-            f"{sum(new['sizes'])} of {len(metadata['classes'])}, or others"
+            "--resume: the images in --data-dir are not those of the run, which had "
+            f"{sum(old['sizes'])} of {len(checkpoint['classes'])} classes; now there are "
+            f"{sum(new['sizes'])} of {len(metadata['classes'])}, or other files: restore them, or "
+            "start again in another --out-dir"
         )
 
 
@@ -149,12 +150,14 @@ def load_teacher(path: Path, out_dir: Path, metadata: dict, model: nn.Module) ->
         UserError: it cannot be read, was trained on other images, or would be overwritten.
     """
     if path.resolve().parent == out_dir.resolve():
-        raise UserError(f"--teacher {path} is in the out-dir, which will be overwritten")
+        raise UserError(
+            f"--teacher {path} is in --out-dir, where it would be overwritten: choose another"
+        )
     try:
         teacher, checkpoint = load_model(path, next(model.parameters()).device)
     except UserError as error:
         raise UserError(f"--teacher {error}") from None
-    if not same_normalisation(metadata, checkpoint, 0.02):
+    if not same_kind_of_images(metadata, checkpoint, 0.02):
         raise UserError(
             f"--teacher {path}: it was trained on other images, sizes or classes "
             f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): use a "
@@ -186,7 +189,7 @@ class TrainedModel:
     network: nn.Module
     checkpoint: dict
 
-    def positions(self, classes: list[str]) -> torch.Tensor:
+    def output_indices(self, classes: list[str]) -> torch.Tensor:
         """The network's outputs that stand for `classes`, (C,). Classes match by name."""
         return torch.tensor([self.checkpoint["classes"].index(name) for name in classes])
 
@@ -196,7 +199,7 @@ class TrainedModel:
         size = batch_size_without_training(split.images.shape[-1])
         mean, std = self.checkpoint["mean"], self.checkpoint["std"]
         logits, _ = predict(self.network, Batches(split, size, mean=mean, std=std, device=device))
-        return logits[:, self.positions(classes)]
+        return logits[:, self.output_indices(classes)]
 
 
 def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
@@ -218,7 +221,7 @@ def load_data_for(
 ) -> Data:
     """The data set that the models were trained on, unless `name` or `data_dir` differ.
 
-    The validation split is made if it is asked for, or if the data are the models' own.
+    The validation split is made for `split="val"`, or if the models were trained on these data.
 
     Raises:
         UserError: the models were trained on different data, or have other classes than it.
@@ -244,20 +247,24 @@ def load_data_for(
     if data.test.images.shape[-1] != trained_on["image_size"]:
         size = trained_on["image_size"]
         raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
-    # A test split drawn from one folder, and a validation split, are others when files change.
+    # A test split drawn from one folder, and a validation split, change when files change.
     drawn = data.name == "folder" and (split == "val" or not any(root.glob("test/*/")))
     for model in models:
         _refuse_other_classes(model, data)
-        if own and drawn and model.checkpoint["dataset"].get("files", data.files) != data.files:
+        if (
+            own
+            and drawn
+            and model.checkpoint["dataset"].get("files", data.files_hash) != data.files_hash
+        ):
             raise UserError(
                 f"files were added, removed or changed since {model.name} was trained, so the "
-                f"{split} split, drawn from them, is another: train again, or make train/ and test/"
+                f"{split} split has changed: train again, or make train/ and test/"
             )
     return data
 
 
 def _refuse_different(models: list[TrainedModel], keys: list[str], flags: list[str]) -> None:
-    """Raise UserError if the models' data sets differ in one of the keys."""
+    """Raise UserError if the models' data sets differ in a key; `flags` are keys with a flag."""
     for key in keys:
         values = {model.name: model.checkpoint["dataset"][key] for model in models}
         if len(set(values.values())) > 1:
@@ -282,12 +289,12 @@ def _refuse_other_classes(model: TrainedModel, data: Data) -> None:
 
 @dataclasses.dataclass
 class Examples:
-    """Images to explain: B of them, of which the networks see `split`."""
+    """B images to explain."""
 
-    split: Split  # uint8 (B, 3, H, W); label -1 where the true class is unknown
-    positions: torch.Tensor  # (B,) in the test split, or -1
+    split: Split  # what the networks see: uint8 (B, 3, H, W), label -1 if unknown
+    test_rows: torch.Tensor  # (B,) positions in the test split, or -1
     classes: list[str]  # of the labels
-    pictures: list[np.ndarray]  # to draw, uint8; fewer than B if there are very many
+    pictures: list[np.ndarray]  # to draw, uint8; fewer than B where there are very many
     names: list[str]  # above a picture
     descriptions: list[str]  # in the terminal
     files: list[Path] = dataclasses.field(default_factory=list)  # of photographs
@@ -302,7 +309,7 @@ def choose_test_images(models: list[TrainedModel], data: Data, show: str, count:
         UserError: there is no such image.
     """
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-    chosen = order if show == "any" else order[:0]
+    chosen = order if show == "any" else order[:0]  # "any" needs no search
     for part in tqdm(order.split(256), f"finding {show} images", leave=False, disable=None):
         if len(chosen) >= count:
             break
@@ -318,7 +325,7 @@ def choose_test_images(models: list[TrainedModel], data: Data, show: str, count:
     names = [data.classes[label] for label in labels]
     return Examples(
         split=Split.of(images, labels),
-        positions=chosen,
+        test_rows=chosen,
         classes=data.classes,
         pictures=list(images.permute(0, 2, 3, 1).numpy()),
         names=[f"true: {name}" for name in names],
@@ -330,7 +337,7 @@ def read_photographs(paths: list[Path], models: list[TrainedModel], most_picture
     """The files that can be read; the others are reported on stderr.
 
     Raises:
-        UserError: the models have other classes or image sizes than each other.
+        UserError: the models differ in classes or image size.
         SystemExit: no file can be read.
     """
     first = models[0].checkpoint

@@ -1,7 +1,7 @@
 """Flags of a training, where their values come from, and the rules of resuming.
 
-A flag that is typed comes first, then what --dataset digits changes, then what --recipe best
-changes, then the script's recipe. With --resume the values come from the checkpoint.
+Order of precedence: 1. what is typed, 2. what --dataset digits changes, 3. what --recipe best
+changes, 4. the script's recipe. With --resume the values come from the checkpoint.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from cli import (
 CHANGEABLE = {"device", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
 
 
-NUMBERS = {  # group: rows of flag, type, default, help
+NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
     "images and splits": (
         ("--image-size", integer(32, 128), 32, "side of a folder's images in pixels, 32 to 128"),
         ("--val-fraction", real(0, 0.9), 0.1, "fraction of the training images for validation"),
@@ -36,9 +36,9 @@ NUMBERS = {  # group: rows of flag, type, default, help
         ("--epochs", integer(1, 10**6), 10, "passes over the training images"),
         ("--batch-size", integer(1), 128, "images per step"),
         ("--lr", positive, 1e-3, "peak learning rate of AdamW"),
-        ("--muon-lr", real(1e-30, 1e30), 0.02, "peak learning rate of Muon (hidden weights)"),
+        ("--muon-lr", real(1e-30, 1e30), 0.02, "peak learning rate of Muon (blocks or stages)"),
         ("--warmup", real(0, 0.9), 0.0, "fraction of the steps in which the rates rise"),
-        ("--weight-decay", non_negative, 0.0, "weight decay, but not of norms and biases"),
+        ("--weight-decay", non_negative, 0.0, "weight decay of both, not of norms and biases"),
         ("--label-smoothing", real(0, 0.9), 0.0, "label smoothing; 0: none"),
         ("--clip", non_negative, 0.0, "largest norm of the gradient; 0: no clipping"),
         ("--ema-decay", real(0, 0.99999), 0.0, "decay of the averaged weights; 0: no average"),
@@ -65,11 +65,12 @@ def training_parser(manual: str, recipe: dict, best: dict, digits: dict) -> Pars
     lines.append("With both, --dataset digits decides. A flag that you type decides over either.")
     parser = Parser(manual, epilog="\n".join(lines))
     add_data_flags(parser)
-    for title, rows in NUMBERS.items():
+    for title, rows in NUMERIC_FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, kind, default, text in rows:
             letter = "N" if isinstance(default, int) else "X"
             group.add_argument(flag, type=kind, default=default, metavar=letter, help=text)
+    group = parser.add_argument_group("augmentation, on or off")
     on_off = {"action": argparse.BooleanOptionalAction, "default": False}
     group.add_argument("--flip", **on_off, help="mirror half of the images")
     group.add_argument("--auto-augment", **on_off, help="TrivialAugmentWide, by groups of images")
@@ -88,44 +89,49 @@ def _add_run_flags(group) -> None:
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="resume the run in --out-dir")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
-    add("--limit-batches", type=integer(1, 2**31), metavar="N", help="at most N per epoch")
+    add(
+        "--limit-batches",
+        type=integer(1, 2**31),
+        metavar="N",
+        help="at most N per epoch, for validation too",
+    )
 
 
-def parse_settings(parser: Parser, argv, model_name: str, best: dict, digits: dict):
-    """Read the command line; return (all settings, the checkpoint to resume from or None).
+def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict):
+    """Read the command line; return (all flags, the checkpoint to resume from or None).
 
     Raises:
-        UserError: an occupied out-dir, nothing to resume, a flag that conflicts with the run.
+        UserError: --out-dir is occupied, nothing to resume, or a flag that conflicts with the run.
     """
     defaults = vars(parser.parse_args([]))
-    not_typed = object()
+    not_typed = object()  # argparse does not tell typed flags from defaults; this default does
     namespace = argparse.Namespace(**dict.fromkeys(defaults, not_typed))
     typed = vars(parser.parse_args(argv, namespace))
     typed = {key: value for key, value in typed.items() if value is not not_typed}
-    settings = defaults | (best if typed.get("recipe") == "best" else {})
-    settings |= (digits if typed.get("dataset") == "digits" else {}) | typed
-    if settings["out_dir"] is None:
-        suffix = "-best" if settings["recipe"] == "best" else ""
-        settings["out_dir"] = Path("runs", f"{settings['dataset']}-{model_name}{suffix}")
-    out_dir = settings["out_dir"]
-    if not settings["resume"]:
-        if list(out_dir.glob("*.pt")) and not settings["overwrite"]:
+    values = defaults | (best if typed.get("recipe") == "best" else {})
+    values |= (digits if typed.get("dataset") == "digits" else {}) | typed
+    if values["out_dir"] is None:
+        suffix = "-best" if values["recipe"] == "best" else ""
+        values["out_dir"] = Path("runs", f"{values['dataset']}-{model_name}{suffix}")
+    out_dir = values["out_dir"]
+    if not values["resume"]:
+        if list(out_dir.glob("*.pt")) and not values["overwrite"]:
             raise UserError(
                 f"{out_dir} holds a run already: resume it (--resume), replace it (--overwrite), "
                 "or choose another --out-dir"
             )
-        return argparse.Namespace(**settings), None
+        return argparse.Namespace(**values), None
     checkpoint = load_run(out_dir, model_name)
     refuse_conflicts(typed, checkpoint["settings"], defaults, out_dir)
     if checkpoint["epoch"] >= checkpoint["settings"]["epochs"]:
         print(f"{out_dir} is finished: all of its {checkpoint['epoch']} epochs are done")
         sys.exit(0)
     changed = {key: typed[key] for key in CHANGEABLE & set(typed)}
-    settings |= checkpoint["settings"] | changed | {"out_dir": out_dir, "resume": True}
+    values |= checkpoint["settings"] | changed | {"out_dir": out_dir, "resume": True}
     for key in ("data_dir", "teacher"):  # strings in a checkpoint
-        if settings.get(key) is not None:
-            settings[key] = Path(settings[key])
-    return argparse.Namespace(**settings), checkpoint
+        if values.get(key) is not None:
+            values[key] = Path(values[key])
+    return argparse.Namespace(**values), checkpoint
 
 
 def load_run(out_dir: Path, model_name: str) -> dict:
@@ -160,10 +166,10 @@ def load_run(out_dir: Path, model_name: str) -> dict:
 def refuse_conflicts(typed: dict, saved: dict, defaults: dict, out_dir: Path) -> None:
     """Raise UserError if a typed flag differs from that of the run to resume."""
     for key in sorted(set(typed) - CHANGEABLE):
-        own = saved.get(key, defaults[key])  # an older run may not have the flag
+        in_run = saved.get(key, defaults[key])  # an older run may not have the flag
         value = str(typed[key]) if isinstance(typed[key], Path) else typed[key]
-        if value != own:
+        if value != in_run:
             raise UserError(
                 f"--{key.replace('_', '-')} {value} conflicts with the run in {out_dir}, which has "
-                f"{own}: omit it, or start again in another --out-dir"
+                f"{in_run}: omit it, or start again in another --out-dir"
             )

@@ -1,11 +1,12 @@
 """Train the CNN.
 
-    python train_cnn.py --dataset digits                     40 seconds, 98% of the test images
-    python train_cnn.py                                      CIFAR-10: 30 minutes, 89%
+    python train_cnn.py --dataset digits                     about a minute, 98% of the test images
+    python train_cnn.py                                      CIFAR-10: half an hour, 89%
     python train_cnn.py --dataset folder --data-dir photos   photos/train/<class>/*, photos/test
 
-Times are for two CPU cores. The 89% are on a JPEG copy of CIFAR-10 (see README). Prints a row per
-epoch. Writes checkpoints and curves to --out-dir; see the curves with tensorboard --logdir runs
+Times are for two CPU cores; slower ones need twice as long. The 89% are on a JPEG copy of CIFAR-10
+(see README). Prints a row per epoch. Writes checkpoints and curves to --out-dir; see the curves
+with tensorboard --logdir runs
 """
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from cli import command, integer, run
 from optimizers import muon_and_adamw
 from prepare import prepare, print_next_steps
-from settings import parse_settings, training_parser
+from settings import parse_flags, training_parser
 from training import TrainingSettings, train
 
 RECIPE = {  # --recipe fast
@@ -57,9 +58,9 @@ def whiten(model, images: torch.Tensor) -> None:
     filters.requires_grad_(False)
 
 
-def make_optimizer(model, settings):
+def make_optimizer(model, flags):
     """Muon for the stages' filters, AdamW for all the rest."""
-    return muon_and_adamw(model, model.stages, settings)
+    return muon_and_adamw(model, model.stages, flags)
 
 
 @command
@@ -69,14 +70,14 @@ def main(argv=None):
     add("--stem", type=integer(1, 54), metavar="N", help="channels of the first convolution")
     add("--widths", type=integer(1), nargs="+", metavar="N", help="channels of each stage")
     add("--depths", type=integer(0, 1000), nargs="+", metavar="N", help="blocks of each stage")
-    settings, checkpoint = parse_settings(parser, argv, "cnn", BEST, DIGITS)
+    flags, checkpoint = parse_flags(parser, argv, "cnn", BEST, DIGITS)
 
-    model, train_batches, val_batches, metadata = prepare(settings, "cnn", checkpoint)
+    model, train_batches, val_batches, metadata = prepare(flags, "cnn", checkpoint)
     whiten(model, next(iter(train_batches))[0])
-    optimizer = make_optimizer(model, settings)
-    options = TrainingSettings.from_flags(settings)
-    last = train(model, optimizer, train_batches, val_batches, options, metadata, checkpoint)
-    print_next_steps(last, settings.out_dir)
+    optimizer = make_optimizer(model, flags)
+    settings = TrainingSettings.from_flags(flags)
+    last = train(model, optimizer, train_batches, val_batches, settings, metadata, checkpoint)
+    print_next_steps(last, flags.out_dir)
 
 
 if __name__ == "__main__":

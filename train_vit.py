@@ -1,18 +1,19 @@
 """Train the Vision Transformer.
 
-    python train_vit.py --dataset digits                     100 seconds, 99% of the test images
+    python train_vit.py --dataset digits                     2 to 3 minutes, 99% of the test images
     python train_vit.py                                      CIFAR-10: 75 minutes, 79%
     python train_vit.py --dataset folder --data-dir photos   photos/train/<class>/*, photos/test
 
-Times are for two CPU cores. The 79% are on a JPEG copy of CIFAR-10 (see README). Prints a row per
-epoch. Writes checkpoints and curves to --out-dir; see the curves with tensorboard --logdir runs
+Times are for two CPU cores; slower ones need twice as long. The 79% are on a JPEG copy of CIFAR-10
+(see README). Prints a row per epoch. Writes checkpoints and curves to --out-dir; see the curves
+with tensorboard --logdir runs
 """
 
 from batches import DistillationBatches
 from cli import command, integer, path_type, positive, real, run
 from optimizers import muon_and_adamw
 from prepare import load_teacher, prepare, print_next_steps
-from settings import parse_settings, training_parser
+from settings import parse_flags, training_parser
 from training import TrainingSettings, train
 
 RECIPE = {  # --recipe fast
@@ -42,9 +43,9 @@ BEST = {"epochs": 100, "auto_augment": True, "mix": 0.5, "drop_path": 0.1}
 DIGITS = {"epochs": 30, "batch_size": 64, "flip": False, "patch_size": 8, "ema_decay": 0.98}
 
 
-def make_optimizer(model, settings):
+def make_optimizer(model, flags):
     """Muon for the blocks' matrices, AdamW for all the rest."""
-    return muon_and_adamw(model, model.blocks, settings)
+    return muon_and_adamw(model, model.blocks, flags)
 
 
 @command
@@ -57,17 +58,22 @@ def main(argv=None):
     add("--heads", type=integer(1), metavar="N", help="attention heads; must divide --dim")
     add("--mlp-ratio", type=positive, metavar="X", help="width of the MLPs, in widths of a token")
     add("--drop-path", type=real(0, 0.9), metavar="X", help="stochastic depth of the last block")
-    add("--teacher", type=path_type, metavar="FILE", help="checkpoint to learn from as well")
-    settings, checkpoint = parse_settings(parser, argv, "vit", BEST, DIGITS)
+    add(
+        "--teacher",
+        type=path_type,
+        metavar="FILE",
+        help="checkpoint whose answers are learned as well",
+    )
+    flags, checkpoint = parse_flags(parser, argv, "vit", BEST, DIGITS)
 
-    model, train_batches, val_batches, metadata = prepare(settings, "vit", checkpoint)
-    if settings.teacher is not None:
-        teacher = load_teacher(settings.teacher, settings.out_dir, metadata, model)
+    model, train_batches, val_batches, metadata = prepare(flags, "vit", checkpoint)
+    if flags.teacher is not None:
+        teacher = load_teacher(flags.teacher, flags.out_dir, metadata, model)
         train_batches = DistillationBatches(train_batches, teacher)
-    optimizer = make_optimizer(model, settings)
-    options = TrainingSettings.from_flags(settings)
-    last = train(model, optimizer, train_batches, val_batches, options, metadata, checkpoint)
-    print_next_steps(last, settings.out_dir)
+    optimizer = make_optimizer(model, flags)
+    settings = TrainingSettings.from_flags(flags)
+    last = train(model, optimizer, train_batches, val_batches, settings, metadata, checkpoint)
+    print_next_steps(last, flags.out_dir)
 
 
 if __name__ == "__main__":

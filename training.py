@@ -28,18 +28,18 @@ from cli import choose_amp
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingSettings:
-    """What `train` can be told. Each setting is also a flag of the training scripts."""
+    """Settings of `train`. Each is also a flag of the training scripts."""
 
     out_dir: str | Path  # for checkpoints and curves
     epochs: int = 1
-    lr: float = 1e-3  # highest learning rate
+    lr: float = 1e-3  # peak learning rate, of parameter groups without an `lr_scale`
     warmup: float = 0.0  # fraction of the steps in which the rate rises
     label_smoothing: float = 0.0
     clip: float = 0.0  # largest gradient norm; 0: no clipping
-    ema_decay: float = 0.0  # of the averaged weights; 0: no average
+    ema_decay: float = 0.0  # of the exponential moving average (EMA) of the weights; 0: none
     seed: int = 0
     amp: str = "off"  # mixed precision: auto, off, bf16 or fp16
-    limit_batches: int | None = None  # per epoch
+    limit_batches: int | None = None  # per epoch, for validation too
     overwrite: bool = False  # replace the run in out_dir
 
     @classmethod
@@ -48,23 +48,24 @@ class TrainingSettings:
         return cls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(cls)})
 
 
-def train(model, optimizer, train_batches, val_batches, settings, metadata, resume_from=None):
-    """Train `model` and return the content of last.pt, a dict.
+def train(model, optimizer, train_batches, val_batches, settings, metadata, checkpoint=None):
+    """Train `model`, write last.pt, best.pt and curves, and return the content of last.pt, a dict.
 
     Args:
-        model: the network, on its device; torch.compile or DataParallel may be around it.
+        model: on its device; may be wrapped in torch.compile or DataParallel.
         optimizer: over the model's parameters. `train` sets the learning rate of its groups.
         train_batches: an iterable of `(images, labels)` with a length; each time it is iterated it
             gives an epoch. Labels are class numbers (B,), or the weight of each class (B, C).
         val_batches: the same for validation, with class numbers; or None.
         settings: a `TrainingSettings`.
         metadata: what `checkpoint.make_metadata` returns.
-        resume_from: the content of the last.pt to resume, or None.
+        checkpoint: the content of the last.pt to resume from, or None.
 
     Raises:
         UserError: wrong metadata, a checkpoint that does not fit, or a loss that is not finite.
     """
-    network, device = unwrap(model), next(model.parameters()).device
+    network = unwrap(model)  # without a wrapper, whose prefix would end in the checkpoint's keys
+    device = next(network.parameters()).device
     check_metadata(metadata, network)  # now, not when the first checkpoint is used
     steps_per_epoch = limited_length(train_batches, settings.limit_batches)
     total_steps = settings.epochs * steps_per_epoch  # optimizer steps
@@ -72,11 +73,9 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, resu
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     ema = copy.deepcopy(network).eval() if settings.ema_decay else None
-    step, best, history = 0, None, []
-    if resume_from is not None:
-        step, best, history = restore(
-            resume_from, network, optimizer, scaler, ema, settings.out_dir
-        )
+    step, best, history, last = 0, None, [], checkpoint
+    if checkpoint is not None:
+        step, best, history = restore(checkpoint, network, optimizer, scaler, ema, settings.out_dir)
     seconds = history[-1]["seconds"] if history else 0.0
     log_train, log_val = open_logs(settings, step, metadata["settings"])
 
@@ -86,7 +85,7 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, resu
         torch.manual_seed(epoch_seed(settings.seed, epoch))
         model.train()  # batch norm and stochastic depth behave differently in eval mode
         loss_sum, correct, norm_sum = torch.zeros(3, device=device)
-        seen, started = 0, time.perf_counter()
+        seen, first_step, started = 0, step, time.perf_counter()
 
         for images, labels in progress(train_batches, f"epoch {epoch}", steps_per_epoch):
             images, labels = images.to(device), labels.to(device)
@@ -94,10 +93,10 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, resu
             # 2. Learning rate: a function of the step, so there is no scheduler state to save.
             lr = float(lr_at(step, total_steps, settings.warmup, settings.lr))
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1)  # Muon's rate is another
+                group["lr"] = lr * group.get("lr_scale", 1)  # see optimizers.py
 
-            # 3. Forward: autocast uses half precision where that is fast and safe. The sums stay
-            #    on the device, because reading a number at every step would make a GPU wait.
+            # 3. Forward: in half precision where that is fast and safe, but the loss in float32.
+            #    Sums stay on the device, because reading one at every step would make a GPU wait.
             with autocast:
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
@@ -109,35 +108,36 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, resu
             #    become 0. Where it is disabled, its methods change nothing.
             scaler.scale(loss).backward()
 
-            # 5. Step: gradients are unscaled first, because clipping needs their true norm.
+            # 5. Step: gradients are unscaled first, because clipping needs their true norm. Without
+            #    clipping the norm is only measured. It is infinite where float16 skips the step.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
-            norm_sum += norm.nan_to_num(posinf=0)  # infinite where float16 skips the step
+            norm_sum += norm.nan_to_num(posinf=0)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()  # or the next gradients would be added to these
             step += 1
 
-            # 6. Average: a moving average of the weights is a better network than the last one.
+            # 6. Average: a moving average of the weights usually scores higher than the last ones.
             if ema is not None:
                 update_average(ema, network, step, settings.ema_decay)
 
         row = {"epoch": epoch, "step": step, "lr": lr}
         row |= {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
-        row |= {"grad_norm": norm_sum.item() / steps_per_epoch}
+        row |= {"grad_norm": norm_sum.item() / (step - first_step)}
         epoch_seconds = time.perf_counter() - started  # after .item(), which waits for the GPU
         seconds += epoch_seconds
         row |= {"seconds": seconds, "images_per_second": seen / epoch_seconds}
 
-        # 7. Validate the averaged weights. This accuracy chooses best.pt; the test set never does.
+        # 7. Validate (the averaged weights). This chooses best.pt; the test set never does.
         row |= validate(network if ema is None else ema, val_batches, settings, autocast)
         check_finite(network, row, settings)
 
-        # 8. Log: a row here and in the history, points in TensorBoard.
+        # 8. Log: the history is also in the checkpoint, for figures without TensorBoard.
         history.append(row)
         log_row(row, log_train, log_val)
 
-        # 9. Save: last.pt to resume from, best.pt to use.
+        # 9. Save: an interruption loses one epoch at most. What is replaced goes only now.
         if is_best(row, best):
             best = {"epoch": epoch, "val_accuracy": row["val_accuracy"]}
         last = metadata | {"epoch": epoch, "step": step, "best": best, "history": history}
@@ -165,7 +165,7 @@ def limited_length(batches, limit: int | None) -> int:
         ValueError: there is no batch.
     """
     if not len(batches):
-        raise ValueError("no batches: use a smaller batch size")
+        raise ValueError("no batches: there are fewer images than one batch has, or none")
     return min(len(batches), limit or len(batches))
 
 
@@ -187,7 +187,10 @@ def lr_at(step: int, total_steps: int, warmup: float, peak: float) -> float:
 
 
 def class_numbers(labels: torch.Tensor) -> torch.Tensor:
-    """Class numbers (B,): `labels` themselves, or the class of the largest weight (B, C)."""
+    """Class numbers (B,): `labels` themselves, or the class of the largest weight (B, C).
+
+    So with mixed images the training accuracy counts the class that is more visible.
+    """
     return labels if labels.ndim == 1 else labels.argmax(1)
 
 
@@ -230,7 +233,10 @@ def validate(network, batches, settings, autocast) -> dict:
 
 
 def is_best(row: dict, best: dict | None) -> bool:
-    """Whether no epoch before had a higher validation accuracy. Without validation: always."""
+    """Whether no epoch before had a higher validation accuracy (a tie: the later one is best).
+
+    Without validation every epoch is.
+    """
     accuracy = row["val_accuracy"]
     return best is None or accuracy is None or accuracy >= best["val_accuracy"]
 

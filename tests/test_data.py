@@ -262,7 +262,7 @@ def test_folder_is_decoded_cropped_and_counted(photos):
     folder = load_data("folder", photos)
     assert folder.classes == ["bright", "dark"]
     assert [len(s) for s in (folder.train, folder.val, folder.test)] == [21, 3, 8]
-    assert folder.note == "skipped 1 that are not .jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp"
+    assert folder.note == "skipped files: 1 (not .jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp)"
     with Image.open(photos / "test" / "dark" / "02.png") as image:  # 48 × 40
         expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=(4, 0, 44, 40))
     images, labels = folder.test.rows(slice(None))

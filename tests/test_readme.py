@@ -52,8 +52,8 @@ def test_command(page, script, argv, monkeypatch):
             assert flag in source or flag in (ROOT / "benchmarks" / "common.py").read_text(), flag
         return
     module = importlib.import_module(name)
-    if hasattr(module, "parse_settings"):
-        monkeypatch.setattr(module, "parse_settings", only_parse)
+    if hasattr(module, "parse_flags"):
+        monkeypatch.setattr(module, "parse_flags", only_parse)
     monkeypatch.setattr(evaluate, "load_models", stop)
     monkeypatch.setattr(explain, "load_models", stop)
     if name == "checkpoint":
