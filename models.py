@@ -288,10 +288,10 @@ def build_model(name: str, config: dict) -> nn.Module:
     return MODELS[name](**config)
 
 
-def model_arguments(name: str, settings: dict) -> dict:
-    """Those of the settings that the constructor of network `name` takes."""
-    arguments = inspect.signature(MODELS[name]).parameters
-    return {key: settings[key] for key in arguments if key in settings}
+def model_arguments(name: str, flags: dict) -> dict:
+    """Those of the flags that the constructor of network `name` takes; none if it is unknown."""
+    arguments = inspect.signature(MODELS.get(name, object)).parameters
+    return {key: flags[key] for key in arguments if key in flags}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -80,18 +80,19 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
 
 def _build(model_name: str, config: dict) -> nn.Module:
     """`build_model`, with errors that name flags."""
+    sizes = {key: config[key] for key in config if key not in ("classes", "image_size")}
     try:
         return build_model(model_name, config)
     except ValueError as error:
         message = str(error)  # names arguments
-        for key in config:
+        for key in sizes:
             message = re.sub(rf"\b{key}\b", "--" + key.replace("_", "-"), message)
         raise UserError(message) from None
-    except (RuntimeError, TypeError, OverflowError):  # what PyTorch raises for numbers too large
-        sizes = {key: config[key] for key in config if key not in ("classes", "image_size")}
-        raise UserError(
-            f"a network with {as_flags(sizes)} is too large: use smaller numbers"
-        ) from None
+    except (RuntimeError, TypeError) as error:
+        if not re.search("allocate|overflow", str(error), re.IGNORECASE):
+            raise  # a mistake in the network's code
+        message = f"a network with {as_flags(sizes)} is too large: use smaller numbers"
+        raise UserError(message) from None
 
 
 def make_batches(data: Data, flags, device) -> tuple[Batches, Batches | None]:
