@@ -8,6 +8,7 @@ scored best on validation. To publish a checkpoint (weights alone, in half preci
     python checkpoint.py runs/cifar10-cnn/best.pt pretrained/cnn.pt
 """
 
+import copy
 import io
 import math
 import os
@@ -69,25 +70,56 @@ def _plain_types(value):
 
 
 def check_metadata(metadata: dict, network: nn.Module) -> None:
-    """Check before training that its checkpoints will load.
+    """Check before training that its checkpoints will load, as the network that is trained.
 
     Raises:
-        UserError: a key is missing or wrong, or the metadata do not rebuild `network`.
+        UserError: a key is missing or wrong, or the metadata do not rebuild `network`, or its
+            intermediates are not as `models.py` describes them.
     """
     for key, kind in METADATA.items():
-        if not isinstance(metadata.get(key), kind):
+        if not isinstance(metadata.get(key), kind) or not _is_valid(key, metadata[key]):
             raise UserError(f"metadata[{key!r}] is missing or wrong: use checkpoint.make_metadata")
+    name, number = metadata["model_name"], len(metadata["classes"])
     try:
-        rebuilt = build_network(metadata)
-        shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (rebuilt, network)]
-        if shapes[0] != shapes[1]:
-            different = {k for k, _ in shapes[0].items() ^ shapes[1].items()}
-            raise ValueError(f"other parameters: {', '.join(sorted(different)[:3])}")
-    except (ValueError, TypeError) as error:
+        if metadata["model_config"].get("classes") != number:
+            raise ValueError(f"its constructor needs an argument `classes`, here {number}")
+        rebuilt = build_network(metadata).eval()
+        if type(rebuilt).__module__ == "__main__":
+            raise ValueError("its class is in the script, where evaluate.py does not find it")
+        rebuilt.load_state_dict(network.state_dict())
+        trained = copy.deepcopy(network).cpu().eval()
+        logits = [torch.tensor(self_test(model, metadata)) for model in (rebuilt, trained)]
+        if logits[0].shape != (number,):
+            raise ValueError(f"it has {len(logits[0])} outputs for {number} classes")
+        if not torch.allclose(*logits, rtol=0.01, atol=0.01 * float(logits[0].abs().max())):
+            raise ValueError("the network to train computes other logits")
+        check_intermediates(rebuilt, formula_image(metadata["dataset"]["image_size"]))
+    except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"model {metadata['model_name']!r} with its model_config is not the network to train "
-            f"({error}): change models.py or the metadata, or the checkpoint could not be loaded"
+            f"model {name!r} cannot be rebuilt from its checkpoint ({_one_line(error)}): change "
+            "models.py or the metadata"
         ) from None
+
+
+@torch.enable_grad()
+def check_intermediates(network: nn.Module, image: torch.Tensor) -> None:
+    """Check what a network offers to `explain.py`; see `models.py`.
+
+    Raises:
+        ValueError: it is something else than described there.
+    """
+    if not hasattr(network, "forward_features"):
+        return
+    features, found = network.forward_features(image, return_intermediates=True)
+    for key, tensors in found.items():
+        if key not in ("map", "attention", "tokens"):
+            raise ValueError(f"unknown intermediates {key!r}: use map, attention or tokens")
+        if not isinstance(tensors, list) or not tensors or not all(map(torch.is_tensor, tensors)):
+            raise ValueError(f"intermediates {key!r} are not a list of tensors, one per layer")
+        if not tensors[-1].requires_grad and any(p.requires_grad for p in network.parameters()):
+            raise ValueError(f"intermediates {key!r} are detached")
+    if not torch.allclose(network.forward_head(features), network(image), rtol=1e-2, atol=1e-3):
+        raise ValueError("forward(x) is not forward_head(forward_features(x))")
 
 
 def build_network(metadata: dict) -> nn.Module:
@@ -307,9 +339,8 @@ def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple
     try:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for old, new in zip(groups, optimizer.param_groups, strict=True):
-            if not old.keys() <= new.keys():
-                raise ValueError("another optimizer")
+        for own, saved in zip(groups, optimizer.param_groups, strict=True):
+            refuse_other_optimizer(own, saved)
         if checkpoint["scaler"]:  # empty where float16 was not used
             scaler.load_state_dict(checkpoint["scaler"])
         if ema is not None:
@@ -323,6 +354,15 @@ def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple
             "the change back, or start again (--overwrite)"
         ) from None
     return checkpoint["step"], checkpoint["best"], checkpoint["history"]
+
+
+def refuse_other_optimizer(own: dict, saved: dict) -> None:
+    """Raise ValueError if a group of the optimizer and of the checkpoint have other arguments."""
+    if own.keys() != saved.keys():
+        raise ValueError("another optimizer")
+    for key in own.keys() - {"params", "lr", "fused", "foreach"}:
+        if own[key] != saved[key]:
+            raise ValueError(f"the optimizer's {key} was {saved[key]} and is {own[key]}")
 
 
 def _one_line(error: Exception) -> str:

@@ -28,7 +28,8 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 class Split:
     """Rows of a data set: `images` uint8 (M, 3, H, W), `labels` int64 (M,), `indices` int64 (N,).
 
-    `images` is shared by all splits and may be memory-mapped: only the rows in use are read.
+    `images` and `labels` are shared by all splits; `indices` says which rows are this split's.
+    `images` may be memory-mapped: only the rows in use are read.
     """
 
     images: torch.Tensor

@@ -74,10 +74,11 @@ class Muon(torch.optim.Optimizer):
             weight.add_(update.view_as(weight), alpha=-lr * max(1, rows / columns) ** 0.5)
 
     def load_state_dict(self, state: dict) -> None:
-        """Load a state, also one of before November 2026, which has no `lr_scale`."""
-        own = {"lr_scale": self.param_groups[0].get("lr_scale", 1)}
-        groups = [own | group for group in state["param_groups"]]
-        super().load_state_dict(state | {"param_groups": groups})
+        """Load a state, also that of `torch.optim.Muon`, which older checkpoints have."""
+        (own,), (saved,) = self.param_groups, state["param_groups"]
+        saved = {"lr_scale": own.get("lr_scale")} | saved
+        group = {key: saved[key] for key in own}
+        super().load_state_dict(state | {"param_groups": [group]})
 
 
 def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -46,6 +46,7 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     if flags.dataset != "folder" and flags.image_size != 32:
         raise UserError("--image-size is for --dataset folder alone: omit it")
     make_out_dir(flags.out_dir)
+    torch.manual_seed(flags.seed)
     data = load_data(
         flags.dataset,
         flags.data_dir,
@@ -57,7 +58,6 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
             f"--batch-size {flags.batch_size} is more than the {len(data.train)} training "
             "images: use a smaller one"
         )
-    torch.manual_seed(flags.seed)
     config = model_arguments(model_name, vars(flags) | {"classes": len(data.classes)})
     model = _build(model_name, config).to(device, memory_format=torch.channels_last)
     if flags.compile:
@@ -230,6 +230,8 @@ def load_data_for(
     keys = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
     _refuse_different(models, [*keys, "image_size"] + ["val_fraction"] * (split == "val"), keys)
     trained_on = models[0].checkpoint["dataset"]
+    if not (name or trained_on["name"]):
+        raise UserError(f"{models[0].name} does not know its data: name them (--dataset)")
     root = Path(data_dir or trained_on["data_dir"]).resolve()
     if data_dir is None and (name or trained_on["name"]) == "folder" and not root.is_dir():
         raise UserError(

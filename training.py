@@ -227,7 +227,7 @@ def validate(network, batches, settings, autocast) -> dict:
         smoothing = settings.label_smoothing
         # A sum, because a mean of means would give an incomplete last batch too much weight.
         loss_sum += F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-        correct += (logits.argmax(1) == labels).sum()
+        correct += (logits.argmax(1) == class_numbers(labels)).sum()
         seen += len(labels)
     return {"val_loss": loss_sum.item() / seen, "val_accuracy": correct.item() / seen}
 

@@ -108,8 +108,8 @@ def test_decay_spares_the_positions_of_a_wrapped_vit():
     ("changes", "message"),
     [
         ({"mean": None}, "'mean'"),
-        ({"model_config": CONFIG | {"stem": 5}}, "other parameters: .*stem.weight"),
-        ({"model_config": {"colour": "red"}}, "colour"),
+        ({"model_config": CONFIG | {"stem": 5}}, "size mismatch for stem.weight"),
+        ({"model_config": {"classes": 10, "colour": "red"}}, "colour"),
         ({"model_name": "rnn"}, "unknown model 'rnn'"),
     ],
 )
@@ -155,3 +155,73 @@ def test_a_network_of_forward_alone_is_explained_by_input_x_gradient(tmp_path, m
     expected = (linear[1].weight[targets].view(5, 3, 8, 8) * images).sum(1)
     ours = METHODS["input-x-gradient"].compute(linear, images, targets)
     torch.testing.assert_close(ours, expected)
+
+
+class Detached(CNN):
+    def forward_features(self, x, return_intermediates=False):
+        x = super().forward_features(x)
+        return (x, {"map": [x.detach()]}) if return_intermediates else x
+
+
+class NoList(CNN):
+    def forward_features(self, x, return_intermediates=False):
+        x = super().forward_features(x)
+        return (x, {"map": x}) if return_intermediates else x
+
+
+class UnknownKey(CNN):
+    def forward_features(self, x, return_intermediates=False):
+        x = super().forward_features(x)
+        return (x, {"maps": [x]}) if return_intermediates else x
+
+
+class OtherForward(CNN):
+    def forward(self, x):
+        return super().forward(x.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Detached, "'map' are detached"),
+        (NoList, "'map' are not a list of tensors"),
+        (UnknownKey, "unknown intermediates 'maps'"),
+        (OtherForward, "is not forward_head"),
+    ],
+)
+def test_intermediates_are_checked_before_the_first_step(tmp_path, monkeypatch, kind, message):
+    monkeypatch.setitem(MODELS, "own", kind)
+    model, batches = kind(**CONFIG), [(IMAGES, torch.arange(16) % 10)]
+    metadata, settings = make_metadata("own", CONFIG, **FACTS), TrainingSettings(out_dir=tmp_path)
+    with pytest.raises(UserError, match=message):
+        training.train(
+            model, torch.optim.SGD(model.parameters()), batches, None, settings, metadata
+        )
+
+
+def test_a_network_changed_after_it_was_built_is_refused(tmp_path):
+    """Same parameters, other function: its checkpoint would load as another network."""
+    config = {"classes": 10, "dim": 16, "depth": 1, "heads": 2, "patch_size": 8}
+    model = MODELS["vit"](**config)
+    model.blocks[0].mlp[1] = nn.Tanh()
+    nn.init.normal_(model.blocks[0].mlp[0].weight)
+    metadata, settings = make_metadata("vit", config, **FACTS), TrainingSettings(out_dir=tmp_path)
+    batches = [(IMAGES, torch.arange(16) % 10)]
+    with pytest.raises(UserError, match="computes other logits"):
+        training.train(
+            model, torch.optim.SGD(model.parameters()), batches, None, settings, metadata
+        )
+
+
+@pytest.mark.parametrize("change", ["momentum", "weight_decay", "betas"])
+def test_resuming_with_other_optimizer_arguments_is_refused(trained, tmp_path, fails, change):
+    import shutil
+
+    shutil.copytree(trained["vit"].parent, tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    state["settings"]["epochs"] += 1
+    part = 0 if change == "momentum" else 1
+    state["optimizer"][part]["param_groups"][0][change] = (0.5, 0.6) if change == "betas" else 0.5
+    torch.save(state, tmp_path / "run" / "last.pt")
+    line = fails(train_vit.main, "--resume", "--out-dir", tmp_path / "run")
+    assert f"the optimizer's {change} was" in line
