@@ -88,8 +88,10 @@ class NormedAttention(models.Attention):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = (self.scale[i] * F.layer_norm(t, t.shape[-1:]) for i, t in enumerate((q, k)))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.project(out.transpose(1, 2).reshape(B, N, D))
+        attention = (q @ k.mT / (D // self.heads) ** 0.5).softmax(-1) if return_attention else None
+        out = attention @ v if return_attention else F.scaled_dot_product_attention(q, k, v)
+        out = self.project(out.transpose(1, 2).reshape(B, N, D))
+        return (out, attention) if return_attention else out
 
 
 def qk_norm(model, batches):
