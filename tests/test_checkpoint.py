@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import zipfile
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT
 import checkpoint
 import evaluate
 import explain
+import train_vit
 from cli import UserError
 from models import count_parameters
 from prepare import load_data_for, load_models
@@ -187,3 +189,45 @@ def test_published_networks_load_and_carry_their_test(capsys, tmp_path, monkeypa
     checkpoint.save_checkpoint(tmp_path / "old.pt", content)
     checkpoint.load_model(tmp_path / "old.pt")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("scale", "warns"), [(1.03, True), (1.002, False)])
+def test_self_test_warns_above_one_percent(trained, capsys, scale, warns):
+    model, content = checkpoint.load_model(trained["cnn"])
+    with torch.no_grad():
+        model.head.weight *= scale
+        model.head.bias *= scale
+    capsys.readouterr()
+    checkpoint.compare_self_test(model, content, "x.pt")
+    assert ("x.pt: its network computes other logits" in capsys.readouterr().err) == warns
+
+
+def test_self_test_is_of_the_weights_as_stored(trained, tmp_path):
+    """Also after halving, and of the averaged weights in last.pt."""
+    checkpoint.main([str(trained["vit"]), str(tmp_path / "half.pt")])
+    for path in (tmp_path / "half.pt", trained["vit"], trained["vit"].with_name("last.pt")):
+        model, content = checkpoint.load_model(path)
+        logits = model(checkpoint.formula_image(32))[0].tolist()
+        assert content["self_test"] == pytest.approx(logits, abs=1e-6)
+
+
+def test_the_best_epoch_is_written_before_the_last(trained, tmp_path, monkeypatch):
+    """If the second file fails, last.pt is of the epoch before, and resuming repeats this one."""
+    state = checkpoint.load_checkpoint(trained["cnn"].with_name("last.pt"))
+    checkpoint.save_epoch(tmp_path, state)
+    real, written = checkpoint.save_checkpoint, []
+    monkeypatch.setattr(
+        checkpoint, "save_checkpoint", lambda path, c: written.append(path.name) or real(path, c)
+    )
+    checkpoint.save_epoch(tmp_path, state)
+    assert written == ["best.pt", "last.pt"]
+
+
+def test_resuming_compares_the_self_test(trained, tmp_path, capsys):
+    run = shutil.copytree(trained["vit"].parent, tmp_path / "run")
+    state = checkpoint.load_checkpoint(run / "last.pt")
+    state["settings"]["epochs"] += 1
+    state["self_test"] = [2 * logit for logit in state["self_test"]]
+    checkpoint.save_checkpoint(run / "last.pt", state)
+    train_vit.main(["--resume", "--out-dir", str(run)])
+    assert f"warning: {run / 'last.pt'}: its network computes" in capsys.readouterr().err

@@ -7,8 +7,9 @@ import attribution
 import explain
 import figures
 from checkpoint import load_checkpoint, load_model, save_checkpoint
+from data import Split
 from models import CNN, ViT
-from prepare import load_models, read_photographs
+from prepare import Examples, load_models, read_photographs
 
 
 @pytest.fixture
@@ -168,6 +169,37 @@ def test_a_map_lies_where_its_pixels_are():
     picture = figures.overlay(np.zeros((320, 320, 3), dtype=np.uint8), heat)
     assert picture[220, 60, 0] > picture[60, 220, 0]  # red where it is hot, blue elsewhere
     assert picture[60, 220, 2] > picture[60, 220, 0]
+
+
+def test_signed_maps_are_red_for_and_blue_against():
+    heat = torch.tensor([[1.0, -1.0], [0.0, 0.5]])
+    (red, blue), (white, pale) = figures.colored(heat, signed=True)
+    assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and white.min() > 0.95
+    assert pale[0] > pale[2]
+    column = {"header": "", "maps": heat[None], "titles": [""], "colors": ["black"]}
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    figure = figures.plot_explanations([picture], [""], [column | {"signed": True}])
+    raw = figure.axes[1].images[0].get_array()
+    np.testing.assert_allclose(raw, figures.colored(heat, signed=True))
+    texts = " ".join(text.get_text() for text in figure.texts)
+    assert "blue against" in texts and "dark blue" not in texts
+
+
+def test_methods_of_each_network(cnn, vit):
+    assert attribution.methods_for(cnn, 32) == ["grad-cam"]
+    assert attribution.methods_for(vit, 32) == ["grad-cam", "attention", "rollout"]
+    assert attribution.methods_for(cnn, 32, ["rollout", "input-x-gradient"]) == ["input-x-gradient"]
+
+
+def test_input_x_gradient_is_drawn_with_signs(trained):
+    (model,) = load_models([str(trained["cnn"])], "cpu")
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.tensor([1, 2])
+    examples = Examples(Split.of(images, labels), labels, list("0123456789"), [], [], [])
+    p = torch.full((2, 10), 0.1)
+    names = ["grad-cam", "input-x-gradient"]
+    columns = explain.make_columns(model, names, ["predicted"], examples, p)
+    assert [column["signed"] for column in columns] == [False, True]
 
 
 def test_constant_map_is_scaled_to_zero():

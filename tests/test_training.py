@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -314,6 +315,37 @@ def test_validation_is_the_smoothed_loss_and_accuracy_of_all_images():
     assert found["val_accuracy"] == (log_p.argmax(1) == labels).sum().item() / 19
 
 
+def test_every_epoch_has_its_own_seed(tmp_path):
+    model, batches, optimizer = linear_and_batches()
+    drawn = []
+
+    class Recorded(list):
+        def __iter__(self):
+            drawn.append(torch.initial_seed())
+            return super().__iter__()
+
+    train_linear(tmp_path, Recorded(batches), model, optimizer, epochs=3, seed=5)
+    assert drawn == [epoch_seed(5, epoch) for epoch in (1, 2, 3)] and len(set(drawn)) == 3
+
+
+def test_muon_resumes_from_a_state_of_pytorchs(monkeypatch):
+    """Checkpoints of before November 2026 have it, without `lr_scale`."""
+    monkeypatch.setattr(optimizers, "iteration_type", lambda device: torch.bfloat16)
+    start, gradient = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    weight = torch.nn.Parameter(start.flatten(1).clone())
+    theirs = torch.optim.Muon([weight], lr=0.1, weight_decay=0.1)
+    weight.grad = gradient.flatten(1).clone()
+    theirs.step()
+    ours = torch.nn.Parameter(weight.detach().view_as(start).clone())
+    muon = Muon({"params": [ours], "lr_scale": 4.0}, lr=0.1, weight_decay=0.1)
+    muon.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert muon.param_groups[0]["lr_scale"] == 4.0
+    ours.grad = gradient.clone()
+    for optimizer in (muon, theirs):
+        optimizer.step()
+    torch.testing.assert_close(ours.flatten(1), weight)
+
+
 def test_a_group_may_have_a_rate_of_its_own(tmp_path):
     model, batches, _ = linear_and_batches()
     scaled = {"params": [model[1].weight], "lr_scale": 0.25}
@@ -499,9 +531,12 @@ def test_overwrite_removes_a_runs_own_files_only(tmp_path):
         (tmp_path / name).write_text("mine")
     argv = [*FAST, *TINY_CNN, "--epochs", "1", "--out-dir", str(tmp_path)]
     train_cnn.main(argv)
-    train_cnn.main([*argv, "--overwrite"])
+    train_cnn.main([*argv, "--overwrite", "--seed", "1"])
     assert all((tmp_path / name).exists() for name in mine)
     assert len(list(tmp_path.glob("train/events.out.*"))) == 1
+    (point,) = EventAccumulator(str(tmp_path / "train")).Reload().Scalars("loss")
+    history = load_checkpoint(tmp_path / "last.pt")["history"]
+    assert point.value == pytest.approx(history[0]["train_loss"])  # the new run's
 
 
 def test_rows_are_as_wide_as_their_head():

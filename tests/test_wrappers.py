@@ -24,8 +24,14 @@ IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def aot_eager(monkeypatch):
     """Replace the compiler, which takes minutes, by one that only captures the graphs."""
-    compile_in_place = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda m: compile_in_place(m, backend="aot_eager"))
+    compile_in_place, compiled = nn.Module.compile, []
+
+    def compile_quickly(model):
+        compiled.append(type(model).__name__)
+        compile_in_place(model, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
+    return compiled
 
 
 def same(a: dict, b: dict, tolerance=1e-5):
@@ -50,8 +56,9 @@ def test_compiled_and_eager_runs_are_interchangeable(tmp_path, monkeypatch, scri
     with pytest.raises(SystemExit):
         script.main([*argv, "--out-dir", str(tmp_path / "mixed")])
     monkeypatch.setattr(training, "log_row", real)
-    aot_eager(monkeypatch)
+    compiled = aot_eager(monkeypatch)
     script.main(["--resume", "--compile", "--out-dir", str(tmp_path / "mixed")])
+    assert compiled == ["CNN" if script is train_cnn else "ViT"]
     eager, mixed = (load_checkpoint(tmp_path / d / "last.pt") for d in ("eager", "mixed"))
     same(eager["model"], mixed["model"], tolerance=1e-3)
     same(eager["ema"], mixed["ema"], tolerance=1e-3)
