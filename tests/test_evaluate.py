@@ -121,6 +121,12 @@ def test_one_checkpoint_on_the_validation_split(trained, tmp_path):
     assert not (tmp_path / "comparison.json").exists()
 
 
+def test_an_old_comparison_is_removed(trained, tmp_path):
+    (tmp_path / "comparison.json").write_text("[]")
+    evaluate.main([str(trained["cnn"]), "--out-dir", str(tmp_path)])
+    assert not (tmp_path / "comparison.json").exists()
+
+
 def test_a_folder_of_other_classes_is_refused(trained, photos, fails):
     argv = ["--dataset", "folder", "--data-dir", photos]
     line = fails(evaluate.main, trained["cnn"], *argv)

@@ -185,21 +185,35 @@ def test_signed_maps_are_red_for_and_blue_against():
     assert "blue against" in texts and "dark blue" not in texts
 
 
+def test_the_last_panel_of_the_heads_is_their_mean():
+    attention = torch.rand(2, 3, 4, 4)
+    figure = figures.plot_attention_heads(np.zeros((8, 8, 3), dtype=np.uint8), "", attention, "")
+    for layer in range(2):
+        panels = figure.axes[5 * layer : 5 * layer + 5]  # picture or nothing, heads, mean
+        shown = panels[4].images[0].get_array()
+        np.testing.assert_allclose(shown, figures.scaled(attention[layer].mean(0)), atol=1e-6)
+        np.testing.assert_allclose(
+            panels[2].images[0].get_array(), figures.scaled(attention[layer, 1]), atol=1e-6
+        )
+
+
 def test_methods_of_each_network(cnn, vit):
     assert attribution.methods_for(cnn, 32) == ["grad-cam"]
     assert attribution.methods_for(vit, 32) == ["grad-cam", "attention", "rollout"]
     assert attribution.methods_for(cnn, 32, ["rollout", "input-x-gradient"]) == ["input-x-gradient"]
 
 
-def test_input_x_gradient_is_drawn_with_signs(trained):
+def test_columns_know_signs_and_who_is_right(trained):
     (model,) = load_models([str(trained["cnn"])], "cpu")
-    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.tensor([1, 2])
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.tensor([1, 0, -1])
     examples = Examples(Split.of(images, labels), labels, list("0123456789"), [], [], [])
-    p = torch.full((2, 10), 0.1)
+    p = torch.full((3, 10), 0.1)
+    p[:, 0] = 0.2
     names = ["grad-cam", "input-x-gradient"]
     columns = explain.make_columns(model, names, ["predicted"], examples, p)
     assert [column["signed"] for column in columns] == [False, True]
+    assert columns[1]["colors"] == ["firebrick", "green", "black"]  # wrong, right, unknown
 
 
 def test_constant_map_is_scaled_to_zero():

@@ -315,6 +315,49 @@ def test_validation_is_the_smoothed_loss_and_accuracy_of_all_images():
     assert found["val_accuracy"] == (log_p.argmax(1) == labels).sum().item() / 19
 
 
+def test_a_tie_makes_the_later_epoch_the_best():
+    for accuracy, expected in ((0.4, False), (0.5, True), (0.6, True), (None, True)):
+        row, best = {"val_accuracy": accuracy}, {"epoch": 1, "val_accuracy": 0.5}
+        assert training.is_best(row, best) == expected
+    assert training.is_best({"val_accuracy": 0.1}, None)
+
+
+def test_validation_leaves_batch_norm_alone():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 5)).train()
+    before = model[0].running_mean.clone()
+    settings, batches = (
+        TrainingSettings(out_dir=""),
+        [(torch.randn(8, 12) + 3, torch.arange(8) % 5)],
+    )
+    training.validate(model, batches, settings, contextlib.nullcontext())
+    assert torch.equal(model[0].running_mean, before)
+
+
+def test_bfloat16_where_it_is_fast(monkeypatch):
+    choose = optimizers.iteration_type.__wrapped__  # not from the cache
+    for capabilities, expected in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
+        assert choose(torch.device("cpu")) is expected
+        assert choose(torch.device("cuda")) is torch.bfloat16
+
+
+def test_a_flag_that_an_older_run_lacks_has_its_default(trained, tmp_path, fails):
+    run = shutil.copytree(trained["cnn"].parent, tmp_path / "run")
+    state = load_checkpoint(run / "last.pt")
+    del state["settings"]["mix"]
+    save_checkpoint(run / "last.pt", state)
+    with pytest.raises(SystemExit) as end:
+        train_cnn.main(["--resume", "--mix", "0", "--out-dir", str(run)])
+    assert end.value.code == 0  # finished, without a conflict
+    assert "--mix 0.5 conflicts" in fails(
+        train_cnn.main, "--resume", "--mix", 0.5, "--out-dir", run
+    )
+
+
 def test_every_epoch_has_its_own_seed(tmp_path):
     model, batches, optimizer = linear_and_batches()
     drawn = []
@@ -443,7 +486,8 @@ def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkey
     train_events = EventAccumulator(str(tmp_path / "train")).Reload()
     tags = train_events.Tags()
     assert {"learning rate", "gradient norm", "images per second"} <= set(tags["scalars"])
-    assert any("settings" in tag for tag in tags["tensors"])
+    (tag,) = (tag for tag in tags["tensors"] if "settings" in tag)
+    assert b"|batch_size|32|" in train_events.Tensors(tag)[0].tensor_proto.string_val[0]
 
 
 @pytest.mark.parametrize(("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, TINY_VIT)])
@@ -555,6 +599,12 @@ def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
     taught, alone = (load_checkpoint(tmp_path / d / "best.pt") for d in ("taught", "alone"))
     assert taught["settings"]["teacher"] == str(trained["cnn"])
     assert taught["history"][0]["train_loss"] != alone["history"][0]["train_loss"]
+
+    state = load_checkpoint(trained["cnn"])
+    state["mean"] = [mean + 0.1 for mean in state["mean"]]
+    save_checkpoint(tmp_path / "other.pt", state)
+    other = [*argv[:-1], tmp_path / "other.pt", "--out-dir", tmp_path / "refused"]
+    assert "trained on other images" in fails(train_vit.main, *other)
 
     before = (tmp_path / "taught" / "last.pt").read_bytes()
     others = ["--dataset", "folder", "--data-dir", photos, "--batch-size", 8, "--overwrite"]
