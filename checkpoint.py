@@ -116,6 +116,9 @@ def check_intermediates(network: nn.Module, image: torch.Tensor) -> None:
             raise ValueError(f"unknown intermediates {key!r}: use map, attention or tokens")
         if not isinstance(tensors, list) or not tensors or not all(map(torch.is_tensor, tensors)):
             raise ValueError(f"intermediates {key!r} are not a list of tensors, one per layer")
+        patches = tensors[-1].shape[-1 if key == "attention" else 1] - 1
+        if key != "map" and round(patches**0.5) ** 2 != patches:
+            raise ValueError(f"{key!r} must have a class token and a square number of patches")
         if not tensors[-1].requires_grad and any(p.requires_grad for p in network.parameters()):
             raise ValueError(f"intermediates {key!r} are detached")
     if not torch.allclose(network.forward_head(features), network(image), rtol=1e-2, atol=1e-3):
@@ -130,17 +133,6 @@ def build_network(metadata: dict) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         return build_model(metadata["model_name"], metadata["model_config"])
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
-    while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile's
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 # ---------------------------------------------------------------- self-test
@@ -158,19 +150,26 @@ def self_test(network: nn.Module, metadata: dict) -> list[float]:
     return network(formula_image(metadata["dataset"]["image_size"]))[0].tolist()
 
 
-def compare_self_test(network: nn.Module, checkpoint: dict, path: str | Path) -> None:
-    """Warn if `network`, with the checkpoint's weights, computes other logits than when saved."""
+def same_logits(network: nn.Module, checkpoint: dict, path: str | Path) -> bool:
+    """Whether `network`, with the checkpoint's weights, computes the logits as when saved.
+
+    Warns on stderr if they differ by more than 1% of the largest.
+    """
     if "self_test" not in checkpoint:
-        return
+        return True
     saved = torch.tensor(checkpoint["self_test"])
     computed = torch.tensor(self_test(network, checkpoint))
-    difference = (computed - saved).abs().max() / saved.abs().max()
-    if not difference <= 0.01:  # also where it is NaN
+    if computed.shape != saved.shape:
+        raise ValueError(f"{len(saved)} logits in its self-test, {len(computed)} of its network")
+    difference, largest = (computed - saved).abs().max(), saved.abs().max()
+    same = bool(difference <= 0.01 * largest)
+    if not same:
         warn(
-            f"{path}: its network computes other logits than when it was saved (they differ by "
-            f"{difference:.0%} of the largest): models.py has changed since. Use the version that "
-            "it was trained with, or train again"
+            f"{path}: its network computes other logits than when it was saved (they differ by up "
+            f"to {difference:.2g}; the largest is {largest:.2g}): models.py has changed since. Use "
+            "the version that it was trained with, or train again"
         )
+    return same
 
 
 # ---------------------------------------------------------------- save
@@ -260,6 +259,9 @@ def load_checkpoint(path: str | Path) -> dict:
         value = entries.get(key, ())  # () is of none of these types
         if not isinstance(value, kind) or not _is_valid(key, value):
             raise UserError(f"{path}: not a checkpoint of this project ({key!r} missing or wrong)")
+    test = checkpoint.get("self_test", [0.0])
+    if not isinstance(test, list) or not test or not all(isinstance(x, float) for x in test):
+        raise UserError(f"{path}: not a checkpoint of this project ('self_test' wrong)")
     if not checkpoint["history"]:
         raise UserError(f"{path}: its training has not finished an epoch")
     return checkpoint
@@ -312,7 +314,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])  # half becomes float32
         if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
             raise UserError(f"{path}: some of its weights are not finite; use another copy")
-        compare_self_test(model.eval(), checkpoint, path)
+        same_logits(model.eval(), checkpoint, path)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         line = _one_line(error).split("state_dict for ")[-1]
         raise UserError(f"{path}: its weights do not fit its model ({line})") from None
@@ -347,7 +349,8 @@ def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple
             ema.load_state_dict(checkpoint["ema"])
         rebuilt = build_network(checkpoint).eval()
         rebuilt.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-        compare_self_test(rebuilt, checkpoint, path)
+        if not same_logits(rebuilt, checkpoint, path):
+            raise ValueError("other logits")
     except Exception as error:  # PyTorch raises many kinds
         raise UserError(
             f"--resume: {path} does not fit models.py or the optimizer ({_one_line(error)}): take "
@@ -378,7 +381,9 @@ def main(argv=None):
     parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint, such as best.pt")
     parser.add_argument("target", type=Path, metavar="TARGET", help="file to write")
     args = parser.parse_args(argv)
-    _, checkpoint = load_model(args.source)
+    model, checkpoint = load_model(args.source)
+    if not same_logits(model, checkpoint, args.source):
+        raise UserError(f"{args.source}: not published, because models.py has changed since")
     if args.target.exists():
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")
     if not args.target.parent.is_dir():

@@ -47,7 +47,14 @@ def command(main):
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             message = f"{name}{error.strerror or error}"
-        except (torch.OutOfMemoryError, MemoryError):
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
+            elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
+            else:
+                raise
+        except MemoryError:
             message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -187,11 +194,13 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     """The half-precision type that `--amp name` means on `device`. None: float32 throughout.
 
     Raises:
-        UserError: float16, whose gradient scaler needs a GPU, on another device.
+        UserError: an unknown name, or float16, whose gradient scaler needs a GPU, elsewhere.
     """
     cuda = device.type == "cuda"
     if name == "auto" and cuda:
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name not in ("auto", "off", "bf16", "fp16"):
+        raise UserError(f"--amp {name}: use auto, off, bf16 or fp16")
     if name == "fp16" and not cuda:
         raise UserError(f"--amp fp16 needs --device cuda, not {device.type}; use --amp off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)

@@ -127,7 +127,7 @@ def make_columns(model: TrainedModel, methods, targets, examples: Examples, p) -
             columns.append({
                 "key": f"{model.name}_{name}" + (f"_{target}" if target else ""),
                 "header": f"{model.name}\n{method.title} ({target or 'any class'})",
-                "maps": compute_maps(model, method.compute, examples, outputs),
+                "maps": compute_maps(model, method.compute, examples.split.images, outputs),
                 "signed": method.signed,
                 "titles": [f"{short(examples.classes[c])} {row[c]:.0%}"
                            for row, c in zip(p, goal, strict=True)],
@@ -140,11 +140,10 @@ def make_columns(model: TrainedModel, methods, targets, examples: Examples, p) -
     return columns
 
 
-def compute_maps(model: TrainedModel, compute, examples: Examples, *per_image) -> torch.Tensor:
-    """`compute(network, images, ...)` for all images, in batches; on the CPU."""
+def compute_maps(model: TrainedModel, compute, images: torch.Tensor, *per_image) -> torch.Tensor:
+    """`compute(network, images, ...)` for images uint8 (B, 3, H, W), in batches; on the CPU."""
     device = next(model.network.parameters()).device
     normalise = Normaliser(model.checkpoint["mean"], model.checkpoint["std"], device)
-    images = examples.split.images
     size = batch_size_without_training(images.shape[-1], explain=True)
     parts = zip(images.split(size), *(values.split(size) for values in per_image), strict=True)
     return torch.cat([
@@ -171,7 +170,7 @@ def draw(models: list[TrainedModel], methods, examples: Examples, columns, kind:
     figures = {f"{together}_explanations-{kind}.png": plot_explanations(pictures, names, columns)}
     for model in models:
         if "attention" in methods[model.name]:
-            maps = compute_maps(model, attention_maps, examples)
+            maps = compute_maps(model, attention_maps, examples.split.images[: len(pictures)])
             title = f"{model.name}: the class token's attention"
             figures[f"{model.name}_attention-layers-{kind}.png"] = plot_attention_layers(
                 pictures, names, maps, f"{title}, mean of the heads"

@@ -297,3 +297,14 @@ def model_arguments(name: str, flags: dict) -> dict:
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile's
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model

@@ -38,7 +38,12 @@ NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
         ("--lr", positive, 1e-3, "peak learning rate of AdamW"),
         ("--muon-lr", real(1e-30, 1e30), 0.02, "peak learning rate of Muon (blocks or stages)"),
         ("--warmup", real(0, 0.9), 0.0, "fraction of the steps in which the rates rise"),
-        ("--weight-decay", non_negative, 0.0, "weight decay of both, not of norms and biases"),
+        (
+            "--weight-decay",
+            non_negative,
+            0.0,
+            "weight decay of AdamW and Muon, not of norms, biases",
+        ),
         ("--label-smoothing", real(0, 0.9), 0.0, "label smoothing; 0: none"),
         ("--clip", non_negative, 0.0, "largest norm of the gradient; 0: no clipping"),
         ("--ema-decay", real(0, 0.99999), 0.0, "decay of the averaged weights; 0: no average"),
@@ -73,7 +78,7 @@ def training_parser(manual: str, recipe: dict, best: dict, digits: dict) -> Pars
     group = parser.add_argument_group("augmentation, on or off")
     on_off = {"action": argparse.BooleanOptionalAction, "default": False}
     group.add_argument("--flip", **on_off, help="mirror half of the images")
-    group.add_argument("--auto-augment", **on_off, help="TrivialAugmentWide, by groups of images")
+    group.add_argument("--auto-augment", **on_off, help="TrivialAugmentWide")
     _add_run_flags(parser.add_argument_group("run"))
     parser.set_defaults(**recipe)
     return parser
@@ -81,7 +86,7 @@ def training_parser(manual: str, recipe: dict, best: dict, digits: dict) -> Pars
 
 def _add_run_flags(group) -> None:
     add, amp = group.add_argument, ("auto", "off", "bf16", "fp16")
-    add("--recipe", choices=("fast", "best"), default="fast", help="best: long, for a GPU")
+    add("--recipe", choices=("fast", "best"), default="fast", help="best: longer, meant for a GPU")
     add_device_flag(group)
     add("--amp", choices=amp, default="auto", help="mixed precision; auto: with CUDA only")
     add("--compile", action="store_true", help="compile the network with torch.compile")
@@ -93,7 +98,7 @@ def _add_run_flags(group) -> None:
         "--limit-batches",
         type=integer(1, 2**31),
         metavar="N",
-        help="at most N per epoch, for validation too",
+        help="at most N batches per epoch, for validation too",
     )
 
 
@@ -124,10 +129,16 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
     checkpoint = load_run(out_dir, model_name)
     refuse_conflicts(typed, checkpoint["settings"], defaults, out_dir)
     if checkpoint["epoch"] >= checkpoint["settings"]["epochs"]:
-        print(f"{out_dir} is finished: all of its {checkpoint['epoch']} epochs are done")
+        print(
+            f"{out_dir} is finished: {checkpoint['epoch']} of {checkpoint['epoch']} epochs are done"
+        )
         sys.exit(0)
+    best = out_dir / "best.pt"
+    if not best.is_file():
+        raise UserError(f"--resume: {best} is missing: put it back, or start again (--overwrite)")
     changed = {key: typed[key] for key in CHANGEABLE & set(typed)}
-    values |= checkpoint["settings"] | changed | {"out_dir": out_dir, "resume": True}
+    values |= checkpoint["settings"] | {"compile": False} | changed
+    values |= {"out_dir": out_dir, "resume": True}
     for key in ("data_dir", "teacher"):  # strings in a checkpoint
         if values.get(key) is not None:
             values[key] = Path(values[key])
@@ -140,10 +151,10 @@ def load_run(out_dir: Path, model_name: str) -> dict:
     Raises:
         UserError: a file of the run is missing or damaged, or it is another network's.
     """
-    path, best = out_dir / "last.pt", out_dir / "best.pt"
+    path = out_dir / "last.pt"
     if not path.is_file():
         empty = not list(out_dir.glob("*.pt"))
-        advice = "check --out-dir, or omit --resume" if empty else "put it back, or --overwrite"
+        advice = "check --out-dir, or omit --resume" if empty else "or start again: --overwrite"
         raise UserError(f"--resume: there is no file {path}: {advice}")
     try:
         checkpoint = load_checkpoint(path)
@@ -158,8 +169,6 @@ def load_run(out_dir: Path, model_name: str) -> dict:
             f"--resume: {path} is a {checkpoint['model_name']}: resume it with "
             f"train_{checkpoint['model_name']}.py, or choose another --out-dir"
         )
-    if not best.is_file():
-        raise UserError(f"--resume: {best} is missing: put it back, or start again (--overwrite)")
     return checkpoint
 
 

@@ -21,9 +21,9 @@ from checkpoint import (
     restore,
     save_epoch,
     training_state,
-    unwrap,
 )
 from cli import choose_amp
+from models import unwrap
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -77,7 +77,7 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
     if checkpoint is not None:
         step, best, history = restore(checkpoint, network, optimizer, scaler, ema, settings.out_dir)
     seconds = history[-1]["seconds"] if history else 0.0
-    log_train, log_val = open_logs(settings, step, metadata["settings"])
+    log_train, log_val, replaced = open_logs(settings, step, metadata["settings"])
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
         # 1. Seed: order, augmentation and stochastic depth follow from (seed, epoch). So no random
@@ -143,7 +143,7 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
         last = metadata | {"epoch": epoch, "step": step, "best": best, "history": history}
         last |= training_state(network, optimizer, scaler, ema)
         save_epoch(settings.out_dir, last)
-        remove_replaced_curves(settings, epoch)
+        remove_files(replaced)
 
     log_train.close()
     log_val.close()
@@ -267,18 +267,23 @@ def table_row(row: dict) -> str:
 
 
 def open_logs(settings, step: int, flags: dict):
-    """Print the table's head; open two TensorBoard writers, whose curves share each chart."""
+    """Print the table's head; open two TensorBoard writers, whose curves share each chart.
+
+    Also returns the event files of a run that --overwrite replaces.
+    """
     from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
 
     # What an interrupted run logged after its last checkpoint is hidden. The curves of a run that
     # is replaced are not: they stay until the new run has saved an epoch.
-    purge_step = None if settings.overwrite and step == 0 else step + 1
-    folders = [Path(settings.out_dir, part) for part in ("train", "val")]
+    folders, replaced = [Path(settings.out_dir, part) for part in ("train", "val")], []
+    if settings.overwrite and step == 0:
+        replaced = [file for folder in folders for file in folder.glob("events.out.tfevents.*")]
+    purge_step = None if replaced else step + 1
     log_train, log_val = (SummaryWriter(folder, purge_step=purge_step) for folder in folders)
     table = ["|setting|value|", "|---|---|", *(f"|{k}|{v}|" for k, v in flags.items())]
     log_train.add_text("settings", "\n".join(table), step)
     print(TABLE_HEAD, flush=True)
-    return log_train, log_val
+    return log_train, log_val, replaced
 
 
 def log_row(row: dict, log_train, log_val) -> None:
@@ -295,9 +300,7 @@ def log_row(row: dict, log_train, log_val) -> None:
     log_val.flush()
 
 
-def remove_replaced_curves(settings, epoch: int) -> None:
-    """After the first epoch of --overwrite: remove all event files but the newest, this run's."""
-    for part in ("train", "val") if settings.overwrite and epoch == 1 else ():
-        files = Path(settings.out_dir, part).glob("events.out.tfevents.*")
-        for old in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name))[:-1]:
-            old.unlink()
+def remove_files(files: list[Path]) -> None:
+    """Remove the files, and empty the list."""
+    while files:
+        files.pop().unlink(missing_ok=True)

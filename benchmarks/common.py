@@ -19,7 +19,7 @@ import models
 import train_cnn
 import train_vit
 import training
-from checkpoint import make_metadata, unwrap
+from checkpoint import make_metadata
 from cli import UserError, path_type
 from optimizers import parameter_groups
 
@@ -86,7 +86,7 @@ def train_for(model, optimizer, train_batches, val_batches, *, classes, lr_at=No
     """
     if not len(train_batches):
         raise UserError("--data-dir: the training split has fewer images than a batch")
-    network, settings = unwrap(model), {"amp": "auto"} | settings
+    network, settings = models.unwrap(model), {"amp": "auto"} | settings
     fields = [field.name for field in dataclasses.fields(training.TrainingSettings)]
     metadata = make_metadata(
         "benchmark", {"classes": classes}, classes=[str(i) for i in range(classes)],

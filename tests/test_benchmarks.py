@@ -324,7 +324,7 @@ def test_seeds_refuses_an_unfinished_run(results, photos, tmp_path, fails, monke
     def stop_after_an_epoch(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "remove_replaced_curves", stop_after_an_epoch)
+    monkeypatch.setattr(training, "remove_files", stop_after_an_epoch)
     with pytest.raises(SystemExit):
         seeds.main([*argv, "--", "--dataset", "folder", "--data-dir", str(photos)])
     assert "is not finished" in fails(seeds.main, *argv)

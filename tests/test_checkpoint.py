@@ -198,7 +198,7 @@ def test_self_test_warns_above_one_percent(trained, capsys, scale, warns):
         model.head.weight *= scale
         model.head.bias *= scale
     capsys.readouterr()
-    checkpoint.compare_self_test(model, content, "x.pt")
+    assert checkpoint.same_logits(model, content, "x.pt") != warns
     assert ("x.pt: its network computes other logits" in capsys.readouterr().err) == warns
 
 
@@ -229,5 +229,28 @@ def test_resuming_compares_the_self_test(trained, tmp_path, capsys):
     state["settings"]["epochs"] += 1
     state["self_test"] = [2 * logit for logit in state["self_test"]]
     checkpoint.save_checkpoint(run / "last.pt", state)
-    train_vit.main(["--resume", "--out-dir", str(run)])
-    assert f"warning: {run / 'last.pt'}: its network computes" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        train_vit.main(["--resume", "--out-dir", str(run)])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {run / 'last.pt'}: its network computes")
+    assert end.value.code == 2 and "(other logits): take the change back" in error
+
+
+@pytest.mark.parametrize("value", ["x", None, [], [[1.0] * 10], [1] * 10])
+def test_a_malformed_self_test_is_refused(trained, tmp_path, value):
+    state = checkpoint.load_checkpoint(trained["cnn"]) | {"self_test": value}
+    checkpoint.save_checkpoint(tmp_path / "x.pt", state)
+    with pytest.raises(UserError, match="'self_test' wrong"):
+        checkpoint.load_checkpoint(tmp_path / "x.pt")
+    checkpoint.save_checkpoint(tmp_path / "x.pt", state | {"self_test": [1.0]})
+    with pytest.raises(UserError, match="1 logits in its self-test, 10 of its network"):
+        checkpoint.load_model(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_of_another_models_py_is_not_published(trained, tmp_path, capsys):
+    state = checkpoint.load_checkpoint(trained["cnn"])
+    state["self_test"] = [2 * logit for logit in state["self_test"]]
+    checkpoint.save_checkpoint(tmp_path / "x.pt", state)
+    with pytest.raises(SystemExit):
+        checkpoint.main([str(tmp_path / "x.pt"), str(tmp_path / "y.pt")])
+    assert "not published" in capsys.readouterr().err and not (tmp_path / "y.pt").exists()

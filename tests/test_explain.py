@@ -302,6 +302,13 @@ def test_images_have_no_true_class(trained, photos, tmp_path, fails):
     assert "--target true" in fails(explain.main, trained["cnn"], *argv)
 
 
+def test_more_images_than_a_figure_shows(trained, tmp_path, capsys):
+    explain.main([str(trained["vit"]), "--count", "33", "--save-maps", "--out-dir", str(tmp_path)])
+    assert "the figures show the first 32 of 33 images" in capsys.readouterr().out
+    assert np.load(tmp_path / "digits-vit_maps-any.npz")["digits-vit_rollout"].shape == (33, 4, 4)
+    assert (tmp_path / "digits-vit_attention-heads-any.png").exists()
+
+
 def test_same_names_and_dollars_are_kept_apart(trained, photos, tmp_path):
     names = [tmp_path / d / "a$_$.png" for d in ("one", "two")]
     for name, part in zip(names, ("dark", "bright"), strict=True):

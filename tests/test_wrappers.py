@@ -11,9 +11,9 @@ import train_cnn
 import train_vit
 import training
 from attribution import METHODS
-from checkpoint import load_checkpoint, load_model, make_metadata, unwrap
+from checkpoint import load_checkpoint, load_model, make_metadata
 from cli import UserError
-from models import CNN, MODELS
+from models import CNN, MODELS, unwrap
 from training import TrainingSettings
 
 DIGITS = ["--dataset", "digits", "--device", "cpu", "--amp", "off", "--limit-batches", "5"]
