@@ -39,7 +39,7 @@ class Batches:
         erase: side of the erased square, in pixels; 0: none.
         auto_augment: apply `trivial_augment`.
         mix: fraction of the batches that `cutmix_or_mixup` mixes.
-        classes: number of classes C, which `mix` needs; None: the largest label + 1.
+        classes: number of classes C; needed for `mix` alone.
     """
 
     def __init__(
@@ -62,8 +62,10 @@ class Batches:
         self.split, self.batch_size, self.train = split.to(self.device), batch_size, train
         self.flip, self.shift, self.erase = flip, shift, erase
         self.auto_augment, self.mix = auto_augment, mix
-        self.classes = classes or int(split.labels.max()) + 1
-        self.normalise = Normaliser(mean, std, self.device)
+        self.classes = classes
+        self.mean, self.std = (
+            255 * torch.tensor(x, device=self.device).view(3, 1, 1) for x in (mean, std)
+        )
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.batch_size)
@@ -96,16 +98,9 @@ class Batches:
         images, labels = self.split.rows(rows.to(self.split.indices.device))
         return images.to(self.device), labels.to(self.device)
 
-
-class Normaliser:
-    """Images uint8 (B, 3, H, W) -> float32 on the device, (images / 255 - mean) / std."""
-
-    def __init__(self, mean, std, device: torch.device | str = "cpu"):
-        self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
-        self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return (images.to(self.mean.device).float() - self.mean) / self.std
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 (B, 3, H, W) -> float32, (images / 255 - mean) / std."""
+        return (images.float() - self.mean) / self.std
 
 
 class DistillationBatches:

@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 
 from cli import Parser, UserError, command, run, warn
-from models import build_model
+from models import build_model, check_intermediates
 
 METADATA = {  # known before training starts
     "model_name": str, "model_config": dict, "classes": list, "mean": list, "std": list,
@@ -31,7 +31,7 @@ KEYS = METADATA | {
     "model": dict, "ema": dict | None, "optimizer": dict | list | None, "scaler": dict | None,
     "epoch": int, "step": int, "best": dict, "history": list,
 }  # fmt: skip
-OPTIONAL = {"self_test"}  # checkpoints before November 2026 have none
+OPTIONAL = {"self_test": list}  # checkpoints before November 2026 have none
 
 
 # ---------------------------------------------------------------- metadata
@@ -76,63 +76,64 @@ def check_metadata(metadata: dict, network: nn.Module) -> None:
         UserError: a key is missing or wrong, or the metadata do not rebuild `network`, or its
             intermediates are not as `models.py` describes them.
     """
-    for key, kind in METADATA.items():
-        if not isinstance(metadata.get(key), kind) or not _is_valid(key, metadata[key]):
-            raise UserError(f"metadata[{key!r}] is missing or wrong: use checkpoint.make_metadata")
-    name, number = metadata["model_name"], len(metadata["classes"])
+    if wrong := wrong_key(metadata, METADATA):
+        raise UserError(f"metadata[{wrong!r}] is missing or wrong: use checkpoint.make_metadata")
     try:
-        if metadata["model_config"].get("classes") != number:
-            raise ValueError(f"its constructor needs an argument `classes`, here {number}")
-        rebuilt = build_network(metadata).eval()
+        rebuilt = rebuild(metadata, network.state_dict())
         if type(rebuilt).__module__ == "__main__":
             raise ValueError("its class is in the script, where evaluate.py does not find it")
-        rebuilt.load_state_dict(network.state_dict())
-        trained = copy.deepcopy(network).cpu().eval()
-        logits = [torch.tensor(self_test(model, metadata)) for model in (rebuilt, trained)]
-        if logits[0].shape != (number,):
-            raise ValueError(f"it has {len(logits[0])} outputs for {number} classes")
-        if not torch.allclose(*logits, rtol=0.01, atol=0.01 * float(logits[0].abs().max())):
-            raise ValueError("the network to train computes other logits")
+        trained = self_test(copy.deepcopy(network).cpu().eval(), metadata)
+        if len(trained) != len(metadata["classes"]):
+            raise ValueError(f"{len(trained)} outputs, {len(metadata['classes'])} classes")
+        if reason := difference(trained, self_test(rebuilt, metadata)):
+            raise ValueError(f"the rebuilt network computes {reason}")
         check_intermediates(rebuilt, formula_image(metadata["dataset"]["image_size"]))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"model {name!r} cannot be rebuilt from its checkpoint ({_one_line(error)}): change "
-            "models.py or the metadata"
+            f"model {metadata['model_name']!r} cannot be rebuilt from its checkpoint "
+            f"({_one_line(error)}): change models.py or the metadata"
         ) from None
 
 
-@torch.enable_grad()
-def check_intermediates(network: nn.Module, image: torch.Tensor) -> None:
-    """Check what a network offers to `explain.py`; see `models.py`.
+def wrong_key(entries: dict, kinds: dict) -> str:
+    """The first of the keys `kinds` that is missing from `entries` or has a wrong value, or ""."""
+    for key, kind in kinds.items():
+        value = entries.get(key, ())  # () is of none of these types
+        if not isinstance(value, kind) or not _is_valid(key, value):
+            return key
+    return ""
+
+
+def _is_valid(key: str, value) -> bool:
+    """Whether `value` is valid for `key`, as far as other code relies on it."""
+    match key:
+        case "mean" | "std":
+            finite = all(isinstance(v, float) and math.isfinite(v) for v in value)
+            return len(value) == 3 and finite and (key == "mean" or min(value) > 0)
+        case "classes":
+            return all(isinstance(v, str) for v in value) and len(set(value)) == len(value)
+        case "dataset":
+            return {"name", "data_dir", "image_size", "val_fraction", "sizes"} <= value.keys()
+        case "self_test":
+            return bool(value) and all(isinstance(v, float) for v in value)
+    return True
+
+
+def rebuild(metadata: dict, weights: dict) -> nn.Module:
+    """The network that `metadata` describe, with these weights, on the CPU, in eval mode.
+
+    No random state is changed. Weights in half precision become float32.
 
     Raises:
-        ValueError: it is something else than described there.
+        ValueError, TypeError, RuntimeError: no such network, or other weights.
     """
-    if not hasattr(network, "forward_features"):
-        return
-    features, found = network.forward_features(image, return_intermediates=True)
-    for key, tensors in found.items():
-        if key not in ("map", "attention", "tokens"):
-            raise ValueError(f"unknown intermediates {key!r}: use map, attention or tokens")
-        if not isinstance(tensors, list) or not tensors or not all(map(torch.is_tensor, tensors)):
-            raise ValueError(f"intermediates {key!r} are not a list of tensors, one per layer")
-        patches = tensors[-1].shape[-1 if key == "attention" else 1] - 1
-        if key != "map" and round(patches**0.5) ** 2 != patches:
-            raise ValueError(f"{key!r} must have a class token and a square number of patches")
-        if not tensors[-1].requires_grad and any(p.requires_grad for p in network.parameters()):
-            raise ValueError(f"intermediates {key!r} are detached")
-    if not torch.allclose(network.forward_head(features), network(image), rtol=1e-2, atol=1e-3):
-        raise ValueError("forward(x) is not forward_head(forward_features(x))")
-
-
-def build_network(metadata: dict) -> nn.Module:
-    """The network that a checkpoint describes, with new weights; no random state is changed.
-
-    Raises:
-        ValueError, TypeError: an unknown name, or wrong arguments.
-    """
+    number = len(metadata["classes"])
+    if metadata["model_config"].get("classes") != number:
+        raise ValueError(f"it names {number} classes; its constructor argument `classes` differs")
     with torch.random.fork_rng(devices=[]):
-        return build_model(metadata["model_name"], metadata["model_config"])
+        network = build_model(metadata["model_name"], metadata["model_config"])
+    network.load_state_dict(weights)
+    return network.eval()
 
 
 # ---------------------------------------------------------------- self-test
@@ -150,26 +151,30 @@ def self_test(network: nn.Module, metadata: dict) -> list[float]:
     return network(formula_image(metadata["dataset"]["image_size"]))[0].tolist()
 
 
-def same_logits(network: nn.Module, checkpoint: dict, path: str | Path) -> bool:
-    """Whether `network`, with the checkpoint's weights, computes the logits as when saved.
+def difference(computed: list[float], saved: list[float]) -> str:
+    """How two lists of logits differ by more than 1% of the largest saved one; "" if they do not.
 
-    Warns on stderr if they differ by more than 1% of the largest.
+    Raises:
+        ValueError: they are of different lengths.
     """
-    if "self_test" not in checkpoint:
-        return True
-    saved = torch.tensor(checkpoint["self_test"])
-    computed = torch.tensor(self_test(network, checkpoint))
-    if computed.shape != saved.shape:
+    if len(computed) != len(saved):
         raise ValueError(f"{len(saved)} logits in its self-test, {len(computed)} of its network")
-    difference, largest = (computed - saved).abs().max(), saved.abs().max()
-    same = bool(difference <= 0.01 * largest)
-    if not same:
-        warn(
-            f"{path}: its network computes other logits than when it was saved (they differ by up "
-            f"to {difference:.2g}; the largest is {largest:.2g}): models.py has changed since. Use "
-            "the version that it was trained with, or train again"
-        )
-    return same
+    apart = (torch.tensor(computed) - torch.tensor(saved)).abs().max()
+    largest = torch.tensor(saved).abs().max()
+    if apart <= 0.01 * largest:
+        return ""
+    return f"other logits (they differ by up to {apart:.2g}; the largest is {largest:.2g})"
+
+
+def changed_network(network: nn.Module, checkpoint: dict) -> str:
+    """What to say if `network` is no longer the one that was saved; "" if it is."""
+    if "self_test" not in checkpoint:
+        return ""
+    reason = difference(self_test(network, checkpoint), checkpoint["self_test"])
+    return reason and (
+        f"its network computes {reason} than when it was saved: models.py has changed since. Use "
+        "the version that it was trained with, or train again"
+    )
 
 
 # ---------------------------------------------------------------- save
@@ -181,7 +186,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     Raises:
         OSError: the file cannot be written; an old file is left as it was.
     """
-    assert checkpoint.keys() - OPTIONAL == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
+    assert checkpoint.keys() - OPTIONAL.keys() == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
     buffer = io.BytesIO()  # serialised first, so that an error leaves no partial file
     torch.save(checkpoint, buffer)
     path = Path(path)
@@ -204,10 +209,8 @@ def without_training_state(checkpoint: dict, dtype: torch.dtype | None = None) -
     weights = checkpoint["ema"] or checkpoint["model"]
     if dtype is not None:
         weights = {k: w.to(dtype) if w.is_floating_point() else w for k, w in weights.items()}
-    network = build_network(checkpoint).eval()
-    network.load_state_dict(weights)
     changes = {"model": weights, "ema": None, "optimizer": None, "scaler": None}
-    return checkpoint | changes | {"self_test": self_test(network, checkpoint)}
+    return checkpoint | changes | {"self_test": self_test(rebuild(checkpoint, weights), checkpoint)}
 
 
 def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
@@ -255,13 +258,9 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: no such checkpoint; train_cnn.py and train_vit.py write them")
     checkpoint = _read(path)
     entries = checkpoint if isinstance(checkpoint, dict) else {}
-    for key, kind in KEYS.items():
-        value = entries.get(key, ())  # () is of none of these types
-        if not isinstance(value, kind) or not _is_valid(key, value):
-            raise UserError(f"{path}: not a checkpoint of this project ({key!r} missing or wrong)")
-    test = checkpoint.get("self_test", [0.0])
-    if not isinstance(test, list) or not test or not all(isinstance(x, float) for x in test):
-        raise UserError(f"{path}: not a checkpoint of this project ('self_test' wrong)")
+    optional = {key: kind for key, kind in OPTIONAL.items() if key in entries}
+    if wrong := wrong_key(entries, KEYS | optional):
+        raise UserError(f"{path}: not a checkpoint of this project ({wrong!r} missing or wrong)")
     if not checkpoint["history"]:
         raise UserError(f"{path}: its training has not finished an epoch")
     return checkpoint
@@ -285,39 +284,34 @@ def _read(path: Path):
     raise UserError(f"{path}: damaged (checksum of {damaged}); use another copy")
 
 
-def _is_valid(key: str, value) -> bool:
-    """Whether `value` is valid for `key`, as far as other code relies on it."""
-    match key:
-        case "mean" | "std":
-            finite = all(isinstance(v, float) and math.isfinite(v) for v in value)
-            return len(value) == 3 and finite and (key == "mean" or min(value) > 0)
-        case "classes":
-            return all(isinstance(v, str) for v in value) and len(set(value)) == len(value)
-        case "dataset":
-            return {"name", "data_dir", "image_size", "val_fraction", "sizes"} <= value.keys()
-    return True
-
-
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", *, strict: bool = False
+) -> tuple[nn.Module, dict]:
     """Rebuild the network of a checkpoint, in eval mode: averaged weights if there are any.
 
     Warns on stderr if the network computes other logits than when it was saved.
+
+    Args:
+        path: the checkpoint.
+        device: where the network shall be.
+        strict: raise an error in place of the warning.
 
     Raises:
         UserError: as `load_checkpoint`, or the weights do not fit the network.
     """
     checkpoint = load_checkpoint(path)
     try:
-        if checkpoint["model_config"].get("classes") != len(checkpoint["classes"]):
-            raise ValueError(f"it names {len(checkpoint['classes'])} classes")
-        model = build_network(checkpoint)
-        model.load_state_dict(checkpoint["ema"] or checkpoint["model"])  # half becomes float32
+        model = rebuild(checkpoint, checkpoint["ema"] or checkpoint["model"])
         if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
             raise UserError(f"{path}: some of its weights are not finite; use another copy")
-        same_logits(model.eval(), checkpoint, path)
+        changed = changed_network(model, checkpoint)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         line = _one_line(error).split("state_dict for ")[-1]
         raise UserError(f"{path}: its weights do not fit its model ({line})") from None
+    if changed and strict:
+        raise UserError(f"{path}: {changed}")
+    if changed:
+        warn(f"{path}: {changed}")
     return model.to(device), checkpoint
 
 
@@ -347,15 +341,16 @@ def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple
             scaler.load_state_dict(checkpoint["scaler"])
         if ema is not None:
             ema.load_state_dict(checkpoint["ema"])
-        rebuilt = build_network(checkpoint).eval()
-        rebuilt.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-        if not same_logits(rebuilt, checkpoint, path):
-            raise ValueError("other logits")
+        changed = changed_network(
+            rebuild(checkpoint, checkpoint["ema"] or checkpoint["model"]), checkpoint
+        )
     except Exception as error:  # PyTorch raises many kinds
         raise UserError(
             f"--resume: {path} does not fit models.py or the optimizer ({_one_line(error)}): take "
             "the change back, or start again (--overwrite)"
         ) from None
+    if changed:
+        raise UserError(f"--resume: {path}: {changed} (--overwrite)")
     return checkpoint["step"], checkpoint["best"], checkpoint["history"]
 
 
@@ -381,9 +376,7 @@ def main(argv=None):
     parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint, such as best.pt")
     parser.add_argument("target", type=Path, metavar="TARGET", help="file to write")
     args = parser.parse_args(argv)
-    model, checkpoint = load_model(args.source)
-    if not same_logits(model, checkpoint, args.source):
-        raise UserError(f"{args.source}: not published, because models.py has changed since")
+    _, checkpoint = load_model(args.source, strict=True)
     if args.target.exists():
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")
     if not args.target.parent.is_dir():

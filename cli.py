@@ -47,15 +47,12 @@ def command(main):
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             message = f"{name}{error.strerror or error}"
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
-            elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
-            else:
-                raise
-        except MemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -126,16 +123,6 @@ def real(low: float, high: float):
     return _number_type(float, f"a number from {low} to {high}", lambda x: low <= x <= high)
 
 
-def non_negative(text: str) -> float:
-    """An argparse type: a finite number that is 0 or more."""
-    return _number_type(float, "a number of at least 0", lambda x: x >= 0)(text)
-
-
-def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    return _number_type(float, "a number above 0", lambda x: x > 0)(text)
-
-
 def _number_type(kind, description: str, accepts):
     def parse(text: str):
         try:
@@ -148,6 +135,10 @@ def _number_type(kind, description: str, accepts):
         return value
 
     return parse
+
+
+non_negative = _number_type(float, "a number of at least 0", lambda x: x >= 0)
+positive = _number_type(float, "a number above 0", lambda x: x > 0)
 
 
 def path_type(text: str) -> Path:

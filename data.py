@@ -202,7 +202,7 @@ def _load_digits():
     labels = torch.from_numpy(digits.target)
     everything = torch.arange(len(labels))
     train, test = stratified_split(
-        labels, everything, TEST_FRACTION, "the test split", "install scikit-learn again"
+        labels, everything, TEST_FRACTION, "the test split", "use another data set"
     )
     return images, labels, {"train": train, "test": test}
 

@@ -134,7 +134,7 @@ def write_files(out_dir: Path, paths: list[str], metrics: list[dict], reports: s
     return list(files)
 
 
-def write_figures(out_dir: Path, figures: dict, metrics: dict[str, dict], reports: dict) -> None:
+def write_figures(out_dir: Path, figures: dict, metrics: dict[str, dict], reports: list) -> None:
     """Write PNGs, and the same figures and numbers for TensorBoard."""
     for old in out_dir.glob("events.out.*.evaluation"):
         old.unlink()

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 
 from attribution import METHODS, attention_maps, methods_for
-from batches import Normaliser, batch_size_without_training
 from cli import (
     Parser,
     UserError,
@@ -35,6 +34,7 @@ from cli import (
     path_type,
     run,
 )
+from data import Split
 from figures import overlay, plot_attention_heads, plot_attention_layers, plot_explanations, short
 from folders import read_image
 from prepare import (
@@ -66,7 +66,8 @@ def parse_arguments(argv) -> argparse.Namespace:
     add = parser.add_argument_group("explanations").add_argument
     add("--target", nargs="+", metavar="CLASS",
         help="predicted, true, or a class's name (default: predicted)")  # fmt: skip
-    add("--method", nargs="+", choices=METHODS, help="(default: all that the network allows)")
+    add("--method", nargs="+", choices=METHODS,
+        help="(default: what the network offers, else input-x-gradient)")  # fmt: skip
     add("--save-maps", action="store_true", help="also write the maps as .npz")
     parser.add_argument("--out-dir", default=Path("runs/explanations"),
                         type=path_type, metavar="DIR", help="for the figures")  # fmt: skip
@@ -124,31 +125,28 @@ def make_columns(model: TrainedModel, methods, targets, examples: Examples, p) -
         for target in targets if method.takes_target else (None,):
             goal = chosen[target or "predicted"]  # (B,)
             outputs = model.output_indices(examples.classes)[goal]
+            maps = compute_maps(model, method.compute, examples.split, outputs)
+            empty = ["" if heat.max() > heat.min() else " (empty map)" for heat in maps]
             columns.append({
                 "key": f"{model.name}_{name}" + (f"_{target}" if target else ""),
                 "header": f"{model.name}\n{method.title} ({target or 'any class'})",
-                "maps": compute_maps(model, method.compute, examples.split.images, outputs),
+                "maps": maps,
                 "signed": method.signed,
-                "titles": [f"{short(examples.classes[c])} {row[c]:.0%}"
-                           for row, c in zip(p, goal, strict=True)],
+                "titles": [f"{short(examples.classes[c])} {row[c]:.0%}{note}"
+                           for row, c, note in zip(p, goal, empty, strict=True)],
                 "colors": ["black" if true < 0 else "green" if c == true else "firebrick"
                            for c, true in zip(goal, labels, strict=True)],
             })  # fmt: skip
-    for column in columns:
-        for i, heat in enumerate(column["maps"]):
-            column["titles"][i] += "" if heat.max() > heat.min() else " (empty map)"
     return columns
 
 
-def compute_maps(model: TrainedModel, compute, images: torch.Tensor, *per_image) -> torch.Tensor:
-    """`compute(network, images, ...)` for images uint8 (B, 3, H, W), in batches; on the CPU."""
-    device = next(model.network.parameters()).device
-    normalise = Normaliser(model.checkpoint["mean"], model.checkpoint["std"], device)
-    size = batch_size_without_training(images.shape[-1], explain=True)
-    parts = zip(images.split(size), *(values.split(size) for values in per_image), strict=True)
+def compute_maps(model: TrainedModel, compute, split: Split, *per_image) -> torch.Tensor:
+    """`compute(network, images, ...)` for a split's images, in batches; on the CPU."""
+    batches = model.batches(split, explain=True)
+    parts = zip(batches, *(values.split(batches.batch_size) for values in per_image), strict=True)
     return torch.cat([
-        compute(model.network, normalise(part), *(values.to(device) for values in rest)).cpu()
-        for part, *rest in parts
+        compute(model.network, images, *(values.to(images.device) for values in rest)).cpu()
+        for (images, _), *rest in parts
     ])  # fmt: skip
 
 
@@ -168,9 +166,10 @@ def draw(models: list[TrainedModel], methods, examples: Examples, columns, kind:
     names = list(map(short, examples.names[: len(pictures)]))
     together = "+".join(model.name for model in models)
     figures = {f"{together}_explanations-{kind}.png": plot_explanations(pictures, names, columns)}
+    drawn = examples.split.subset(torch.arange(len(pictures)))
     for model in models:
         if "attention" in methods[model.name]:
-            maps = compute_maps(model, attention_maps, examples.split.images[: len(pictures)])
+            maps = compute_maps(model, attention_maps, drawn)
             title = f"{model.name}: the class token's attention"
             figures[f"{model.name}_attention-layers-{kind}.png"] = plot_attention_layers(
                 pictures, names, maps, f"{title}, mean of the heads"

@@ -19,7 +19,7 @@ COLORS = matplotlib.colormaps["turbo"]
 SIGNED_COLORS = matplotlib.colormaps["RdBu_r"]
 # These sentences name the colours above.
 SCALE = "Each map has its own scale, from its lowest value (dark blue) to its highest (dark red)."
-SIGNED_SCALE = "Input × gradient: red speaks for the class, blue against it, white is 0."
+SIGNED_SCALE = "Maps in red and blue: red speaks for the class, blue against it, white is 0."
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 
 

@@ -299,6 +299,31 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@torch.enable_grad()
+def check_intermediates(network: nn.Module, image: torch.Tensor) -> None:
+    """Check what a network offers to `explain.py`; see the top of this file.
+
+    Raises:
+        ValueError: it is something else than described there, or `forward` is not
+            `forward_head(forward_features(x))`.
+    """
+    if not hasattr(network, "forward_features"):
+        return
+    features, found = network.forward_features(image, return_intermediates=True)
+    for key, tensors in found.items():
+        if key not in ("map", "attention", "tokens"):
+            raise ValueError(f"unknown intermediates {key!r}: use map, attention or tokens")
+        if not isinstance(tensors, list) or not tensors or not all(map(torch.is_tensor, tensors)):
+            raise ValueError(f"intermediates {key!r} are not a list of tensors, one per layer")
+        patches = tensors[-1].shape[-1 if key == "attention" else 1] - 1
+        if key != "map" and round(patches**0.5) ** 2 != patches:
+            raise ValueError(f"{key!r} must have a class token and a square number of patches")
+        if not tensors[-1].requires_grad and any(p.requires_grad for p in network.parameters()):
+            raise ValueError(f"intermediates {key!r} are detached")
+    if not torch.allclose(network.forward_head(features), network(image), rtol=1e-2, atol=1e-3):
+        raise ValueError("forward(x) is not forward_head(forward_features(x))")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
     while True:

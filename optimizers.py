@@ -15,7 +15,7 @@ def parameter_groups(named_parameters) -> list[dict]:
     return [{"params": weights}, {"params": others, "weight_decay": 0}]
 
 
-def muon_and_adamw(model: nn.Module, hidden: nn.Module, settings) -> "Optimizers":
+def muon_and_adamw(model: nn.Module, hidden: nn.Module, flags) -> "Optimizers":
     """Muon for the matrices and filters of `hidden`, a part of `model`; AdamW for all the rest.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes the singular values of each
@@ -25,18 +25,18 @@ def muon_and_adamw(model: nn.Module, hidden: nn.Module, settings) -> "Optimizers
     Args:
         model: the whole network.
         hidden: the part whose matrices and filters Muon trains.
-        settings: has `lr` for AdamW, `muon_lr` for Muon, and `weight_decay` for both.
+        flags: has `lr` for AdamW, `muon_lr` for Muon, and `weight_decay` for both.
     """
     matrices = {p for p in hidden.parameters() if p.ndim >= 2 and p.requires_grad}
     rest = [(name, p) for name, p in model.named_parameters() if p not in matrices]
     muon = {
         "params": [p for p in hidden.parameters() if p in matrices],  # a set has no fixed order
-        "lr_scale": settings.muon_lr / settings.lr,
+        "lr_scale": flags.muon_lr / flags.lr,
     }
     return Optimizers(
-        Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay),
+        Muon(muon, lr=flags.muon_lr, weight_decay=flags.weight_decay),
         torch.optim.AdamW(
-            parameter_groups(rest), settings.lr, weight_decay=settings.weight_decay, fused=True
+            parameter_groups(rest), flags.lr, weight_decay=flags.weight_decay, fused=True
         ),
     )
 

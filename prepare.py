@@ -194,12 +194,19 @@ class TrainedModel:
         """The network's outputs that stand for `classes`, (C,). Classes match by name."""
         return torch.tensor([self.checkpoint["classes"].index(name) for name in classes])
 
+    def batches(self, split: Split, *, explain: bool = False) -> Batches:
+        """A split's images as the network takes them; `explain`: fewer at a time."""
+        return Batches(
+            split,
+            batch_size_without_training(split.images.shape[-1], explain=explain),
+            mean=self.checkpoint["mean"],
+            std=self.checkpoint["std"],
+            device=next(self.network.parameters()).device,
+        )
+
     def logits(self, split: Split, classes: list[str]) -> torch.Tensor:
         """Logits (N, C) of a split's images, in the order of `classes`, on the CPU."""
-        device = next(self.network.parameters()).device
-        size = batch_size_without_training(split.images.shape[-1])
-        mean, std = self.checkpoint["mean"], self.checkpoint["std"]
-        logits, _ = predict(self.network, Batches(split, size, mean=mean, std=std, device=device))
+        logits, _ = predict(self.network, self.batches(split))
         return logits[:, self.output_indices(classes)]
 
 

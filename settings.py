@@ -25,7 +25,6 @@ from cli import (
 # Flags that may differ when a training is resumed: how and where it runs.
 CHANGEABLE = {"device", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
 
-
 NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
     "images and splits": (
         ("--image-size", integer(32, 128), 32, "side of a folder's images in pixels, 32 to 128"),

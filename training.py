@@ -15,13 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import (
-    check_finite,
-    check_metadata,
-    restore,
-    save_epoch,
-    training_state,
-)
+from checkpoint import check_finite, check_metadata, restore, save_epoch, training_state
 from cli import choose_amp
 from models import unwrap
 
@@ -67,8 +61,8 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
     network = unwrap(model)  # without a wrapper, whose prefix would end in the checkpoint's keys
     device = next(network.parameters()).device
     check_metadata(metadata, network)  # now, not when the first checkpoint is used
-    steps_per_epoch = limited_length(train_batches, settings.limit_batches)
-    total_steps = settings.epochs * steps_per_epoch  # optimizer steps
+    epochs, steps_per_epoch = settings.epochs, limited_length(train_batches, settings.limit_batches)
+    total_steps = epochs * steps_per_epoch  # optimizer steps
     amp_dtype = choose_amp(settings.amp, device)
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
@@ -79,7 +73,7 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
     seconds = history[-1]["seconds"] if history else 0.0
     log_train, log_val, replaced = open_logs(settings, step, metadata["settings"])
 
-    for epoch in range(len(history) + 1, settings.epochs + 1):
+    for epoch in range(len(history) + 1, epochs + 1):
         # 1. Seed: order, augmentation and stochastic depth follow from (seed, epoch). So no random
         #    state has to be saved, and a resumed run is the same run.
         torch.manual_seed(epoch_seed(settings.seed, epoch))
@@ -87,7 +81,7 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
         loss_sum, correct, norm_sum = torch.zeros(3, device=device)
         seen, first_step, started = 0, step, time.perf_counter()
 
-        for images, labels in progress(train_batches, f"epoch {epoch}", steps_per_epoch):
+        for images, labels in progress(train_batches, f"epoch {epoch}/{epochs}", steps_per_epoch):
             images, labels = images.to(device), labels.to(device)
 
             # 2. Learning rate: a function of the step, so there is no scheduler state to save.

@@ -125,11 +125,6 @@ def ratios(values: list[float], others: list[float]) -> list[float]:
     return [value / other for value, other in zip(values, others, strict=True)]
 
 
-def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The fraction of logits (N, C) that are highest at the label (N,)."""
-    return (logits.argmax(1) == labels).double().mean().item()
-
-
 def append(file: Path, result: dict) -> None:
     """Append a line to a JSONL file: the result with device, versions and date."""
     result |= {

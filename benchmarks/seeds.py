@@ -14,7 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import DEVICE, SCRIPTS, accuracy, add_results_flag, append
+from common import DEVICE, SCRIPTS, add_results_flag, append
+from sklearn.metrics import accuracy_score
 
 from checkpoint import load_checkpoint
 from cli import Parser, UserError, command, integer, path_type, real, run
@@ -28,9 +29,10 @@ def measure(path: Path, target: float) -> dict:
     labels, history = data.test.labels[data.test.indices], checkpoint["history"]
     if checkpoint["best"]["val_accuracy"] is None:
         raise UserError(f"{path}: trained without validation; use --val-fraction")
+    logits = models[0].logits(data.test, data.classes)
     reached = [row["seconds"] for row in history if row["val_accuracy"] >= target]
     return {
-        "test_accuracy": accuracy(models[0].logits(data.test, data.classes), labels),
+        "test_accuracy": accuracy_score(labels, logits.argmax(1)),
         "val_accuracy": checkpoint["best"]["val_accuracy"],
         "epochs": history[-1]["epoch"],
         "finished": history[-1]["epoch"] == checkpoint["settings"]["epochs"],

@@ -18,8 +18,9 @@ import math
 import time
 
 import torch
-from common import DEVICE, accuracy, adamw, add_folder_flag, train_for
+from common import DEVICE, adamw, add_folder_flag, train_for
 from peers import SeparableResNet
+from sklearn.metrics import accuracy_score
 from torch import nn
 
 from batches import Batches, predict
@@ -81,7 +82,7 @@ def train_peer(peer: str, data, args) -> dict:
     settings, classes = SETTINGS[peer], len(data.classes)
     model, optimizer, lr_at = PEERS[peer](classes, args.epochs)
     common = {"mean": data.mean, "std": data.std, "device": DEVICE}
-    augmentation = AUGMENTATION | {"mix": settings["mix"]}
+    augmentation = AUGMENTATION | {"mix": settings["mix"], "classes": classes}
     batches = Batches(data.train, settings["batch_size"], train=True, **augmentation, **common)
     val_batches, test_batches = (Batches(split, 500, **common) for split in (data.val, data.test))
     changes = {"epochs": args.epochs, "seed": args.seed, "limit_batches": args.limit_batches}
@@ -94,10 +95,10 @@ def train_peer(peer: str, data, args) -> dict:
         pass
     seconds = time.perf_counter() - started
     model.eval()
-    accuracies = [
-        accuracy(*predict(model, itertools.islice(split_batches, args.limit_batches)))
-        for split_batches in (val_batches, test_batches)
-    ]
+    accuracies = []
+    for split_batches in (val_batches, test_batches):
+        logits, labels = predict(model, itertools.islice(split_batches, args.limit_batches))
+        accuracies.append(accuracy_score(labels, logits.argmax(1)))
     return {
         "peer": peer,
         "seed": args.seed,

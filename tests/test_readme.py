@@ -1,6 +1,7 @@
 """Every command in README, EXERCISES and benchmarks/README is understood by its script."""
 
 import importlib
+import inspect
 import re
 import shlex
 
@@ -9,6 +10,7 @@ from conftest import ROOT
 
 import evaluate
 import explain
+import training
 
 PAGES = ("README.md", "EXERCISES.md", "benchmarks/README.md", "pretrained/README.md")
 
@@ -73,6 +75,11 @@ def test_readme_is_short():
     text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S)
     prose = [line for line in text.splitlines() if line[:1] not in ("|", "#", "!")]
     assert len(" ".join(prose).split()) <= 1000
+
+
+def test_the_loop_has_the_lines_that_readme_says():
+    lines = len(inspect.getsource(training.train).splitlines())
+    assert lines <= 100 and f"`train` has {lines} lines" in (ROOT / "README.md").read_text()
 
 
 def test_links_lead_somewhere():

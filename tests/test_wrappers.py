@@ -1,5 +1,8 @@
 """torch.compile and DataParallel leave no trace in checkpoints; metadata are checked first."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_CNN, TINY_VIT
@@ -144,8 +147,6 @@ class OnlyForward(nn.Sequential):
 
 def test_a_network_of_forward_alone_is_explained_by_input_x_gradient(tmp_path, monkeypatch):
     """For one linear layer, input × gradient is the product of input and weight."""
-    import numpy as np
-
     monkeypatch.setitem(MODELS, "only-forward", OnlyForward)
     metadata = make_metadata("only-forward", {"classes": 10}, **FACTS)
     model, batches = OnlyForward(), [(IMAGES, torch.arange(16) % 10)]
@@ -222,8 +223,6 @@ def test_a_network_changed_after_it_was_built_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change", ["momentum", "weight_decay", "betas"])
 def test_resuming_with_other_optimizer_arguments_is_refused(trained, tmp_path, fails, change):
-    import shutil
-
     shutil.copytree(trained["vit"].parent, tmp_path / "run")
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     state["settings"]["epochs"] += 1
