@@ -1,18 +1,42 @@
-"""What every command line shares: one-line errors, types of flags, device and precision."""
+"""What every command line shares: errors in one line, names, types of flags, device, precision."""
 
 import argparse
+import contextlib
+import contextvars
+import errno
 import functools
+import glob
+import hashlib
 import math
+import os
 import signal
 import sys
 import tempfile
+import threading
+import unicodedata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None
+
+# A notebook asks the programs that it starts to draw into it, by a package that they may lack.
+# Then importing matplotlib would fail.
+_backend = os.environ.get("MPLBACKEND", "")
+if _backend.startswith("module://") and not find_spec(_backend[9:].split(".")[0]):
+    del os.environ["MPLBACKEND"]
+
 
 class UserError(Exception):
     """Wrong use or bad input. The message names the file or flag and says what to do."""
+
+
+class NothingToDo(Exception):  # noqa: N818, it is no error
+    """The command is done before it has begun. The message says why."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Print one line and exit with status 2. (argparse would print the usage as well.)"""
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -35,61 +59,219 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if no_default else super()._get_help_string(action)
 
 
+# What a running command cleans up at its end; each thread has its own.
+_at_end: contextvars.ContextVar[contextlib.ExitStack] = contextvars.ContextVar("at_end")
+
+
 def command(main):
-    """Decorate `main(argv=None)`: bad input prints one line and exits with 2, Ctrl-C with 130."""
+    """Decorate `main(argv=None)`: bad input prints one line and exits with 2, Ctrl-C with 130.
+
+    A standard output that is closed, full, or of a narrow encoding does not end the work.
+    """
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> None:
-        try:
-            main(argv)
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            name = f"{error.filename}: " if error.filename else ""
-            message = f"{name}{error.strerror or error}"
-        except (torch.OutOfMemoryError, MemoryError):
-            message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
-        except RuntimeError as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
-        else:
-            return
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        with contextlib.ExitStack() as stack:
+            stack.callback(_at_end.reset, _at_end.set(stack))
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            stack.callback(setattr, threading, "excepthook", threading.excepthook)
+            threading.excepthook = _report_thread
+            out, err = LastingStream(sys.stdout), LastingStream(sys.stderr)
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            stack.callback(out.flush)
+            try:
+                main(argv)
+                return
+            except NothingToDo as reason:
+                print(reason)
+                return
+            except UserError as error:
+                message = str(error)
+            except OSError as error:
+                name = f"{error.filename}: " if error.filename else ""
+                message = f"{name}{error.strerror or error}"
+            except (torch.OutOfMemoryError, MemoryError):
+                message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
+            except RuntimeError as error:
+                if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise
+                message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
+            print(f"error: {printable(message)}", file=sys.stderr)
+            sys.exit(2)
 
     return wrapper
 
 
 def run(main) -> None:
     """Run a script's `main`. SIGTERM ends it like an exit (143), so that files are closed."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be in any encoding
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    main()
+    if threading.current_thread() is not threading.main_thread():
+        return main()  # only the main thread can handle signals
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    finally:  # in a notebook, %run leaves the process as it was
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+class LastingStream:
+    """A stream for `print` that may lose its reader or its disk: what is printed then is lost.
+
+    Args:
+        stream: the stream to write to, or None.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Write `text`, with escapes for what the stream's encoding lacks."""
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._call("write", text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        """Write what is in the stream's buffer."""
+        self._call("flush")
+
+    def isatty(self) -> bool:
+        """Whether there is a terminal; it is asked before a progress bar is drawn."""
+        return bool(self._call("isatty"))
+
+    def _call(self, method: str, *args):
+        if self.stream is None:
+            return None
+        try:
+            return getattr(self.stream, method)(*args)
+        except (OSError, ValueError):  # no reader, no space, closed
+            with contextlib.suppress(OSError, ValueError):  # or Python's last flush would fail, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = None
+            return None
+
+
+def _report_thread(args) -> None:
+    """Print an exception of a thread, except what TensorBoard's writer raises again on `flush`."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 def warn(message: str) -> None:
     """Print one line on stderr and go on."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- files and names
+
+
+@contextlib.contextmanager
+def writing(path: Path | str):
+    """Name `path` in the error if something in the block cannot be written.
+
+    Raises:
+        UserError: in place of an OSError; it says what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "free some space",
+            errno.EDQUOT: "free some space",
+            errno.ENAMETOOLONG: "choose a shorter name",
+        }.get(error.errno, "make it writable, or choose another folder")
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}): {advice}") from None
+
+
+def refuse_inside(folder: Path, images: Path | None) -> None:
+    """Raise UserError if `folder` is in `images`, a folder data set: it would become a class."""
+    if images is not None and folder.resolve().is_relative_to(images.resolve()):
+        raise UserError(
+            f"--out-dir {folder} is in the folder of images {images}, where results would be read "
+            "as images: choose another"
+        )
 
 
 def make_out_dir(folder: Path) -> None:
     """Make `folder` and check that it is writable, before an hour of training is lost.
 
+    Until the command ends no other may use the folder as its --out-dir.
+
     Raises:
-        UserError: it is a file, or cannot be made or written.
+        UserError: it is a file, cannot be made or written, is in use, or has an undecodable name.
     """
-    try:
+    if str(folder) != str(folder).encode(errors="replace").decode():
+        raise UserError(f"--out-dir {folder}: TensorBoard needs a name in UTF-8: choose another")
+    with writing(f"--out-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(
-            f"--out-dir {folder}: cannot be written ({error.strerror}): choose another folder"
-        ) from None
+    if stack := _at_end.get(None):
+        stack.enter_context(locked(folder))
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False):
+    """Keep other programs that call this out of `folder`, for the length of the block.
+
+    The lock ends with the process, however that ends. Where a file system has none, there is none.
+
+    Args:
+        folder: it must exist.
+        wait: wait for the other program.
+
+    Raises:
+        UserError: another program has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder}: another program is writing there: wait for it, or choose another "
+                    "--out-dir"
+                ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def printable(text) -> str:
+    """`text` in one line: line breaks, control characters and undecodable bytes as escapes."""
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+        else c
+        for c in str(text)
+    )
+
+
+def file_name(stem: str, suffix: str) -> str:
+    """A file's name without slashes; a stem that is too long is cut and ends in a hash."""
+    stem = stem.replace("/", "-")
+    if len(os.fsencode(stem + suffix)) > 255:
+        start = os.fsencode(stem)[:200].decode(errors="ignore")
+        stem = f"{start}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]}"
+    return stem + suffix
+
+
+def expand_patterns(names: list[str]) -> list[str]:
+    """Patterns such as photos/*.jpg as the files that they match, where no shell has done it."""
+    expanded = []
+    for name in names:
+        matches = [] if Path(name).exists() else sorted(glob.glob(name))  # noqa: PTH207
+        expanded += matches or [name]
+    return expanded
 
 
 def quoted(names) -> str:
@@ -141,11 +323,16 @@ non_negative = _number_type(float, "a number of at least 0", lambda x: x >= 0)
 positive = _number_type(float, "a number above 0", lambda x: x > 0)
 
 
-def path_type(text: str) -> Path:
-    """An argparse type: a path that is not empty, as a shell's unset variable would make it."""
+def name_type(text: str) -> str:
+    """An argparse type: a file's name, not empty as a shell's unset variable is; ~ is expanded."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file or folder")
-    return Path(text)
+    return os.path.expanduser(text)  # noqa: PTH111, Path would drop a ./
+
+
+def path_type(text: str) -> Path:
+    """An argparse type: `name_type` as a path."""
+    return Path(name_type(text))
 
 
 # ---------------------------------------------------------------- flags of all scripts
@@ -161,10 +348,19 @@ def add_data_flags(parser: argparse.ArgumentParser, *, from_checkpoint: bool = F
         help="folder of your images, or where CIFAR-10 is kept" + note)  # fmt: skip
 
 
-def add_device_flag(parser: argparse._ActionsContainer) -> None:
-    """Add --device."""
+def add_device_flags(parser: argparse._ActionsContainer) -> None:
+    """Add --device and --threads."""
     choices = ("auto", "cpu", "cuda", "mps")
     parser.add_argument("--device", choices=choices, default="auto", help="auto: a GPU if any")
+    parser.add_argument("--threads", type=integer(1, 1024), metavar="N",
+        help="CPU threads; fewer where other programs run (default: one per core)")  # fmt: skip
+
+
+def use_device(flags: argparse.Namespace) -> torch.device:
+    """The device of --device, after --threads has been set; raises UserError without the device."""
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    return choose_device(flags.device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10
 
-from cli import UserError
-from folders import Listing, decoded_images, list_images
+from cli import UserError, locked, quoted
+from folders import Listing, decoded_images, holds_images, list_images
 
 TEST_FRACTION = 0.2  # of what comes without a test split
 SPLIT_SEED = 0  # never --seed: runs with several seeds share their validation and test images
@@ -29,12 +29,14 @@ class Split:
     """Rows of a data set: `images` uint8 (M, 3, H, W), `labels` int64 (M,), `indices` int64 (N,).
 
     `images` and `labels` are shared by all splits; `indices` says which rows are this split's.
-    `images` may be memory-mapped: only the rows in use are read.
+    `images` may be memory-mapped: only the rows in use are read. `files` has the paths of the
+    images, if they are files.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+    files: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -51,7 +53,7 @@ class Split:
 
     def subset(self, which: torch.Tensor) -> "Split":
         """The images at positions `which` of this split."""
-        return Split(self.images, self.labels, self.indices[which])
+        return dataclasses.replace(self, indices=self.indices[which])
 
     def to(self, device: torch.device) -> "Split":
         """The whole split on a GPU, if it takes less than a quarter of its free memory."""
@@ -81,7 +83,13 @@ class Data:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     note: str = ""  # what the reader should know, e.g. how many files were skipped
-    files_hash: str = ""  # a hash of a folder's files, by path and size
+    content: str = ""  # a hash of a folder's files: their names and what is in them
+    drawn: tuple[str, ...] = ()  # splits that were drawn from others: they change with the files
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images of the training, validation and test split."""
+        return [len(self.train), len(self.val), len(self.test)]
 
 
 def load_data(
@@ -90,7 +98,7 @@ def load_data(
     *,
     image_size: int = 32,
     val_fraction: float = 0.1,
-    test_alone: bool = False,
+    classes: list[str] | None = None,
 ) -> Data:
     """Load `cifar10`, `digits` or `folder` and split it.
 
@@ -100,12 +108,13 @@ def load_data(
         image_size: side in pixels of a folder's images once decoded; the other data sets have 32.
         val_fraction: fraction of the training images for validation, stratified; 0: none. Not
             used where a folder has its own `val/`.
-        test_alone: a folder may have `test/` and no `train/`. Mean and std are then NaN.
+        classes: of a folder to be measured, those of the checkpoints. It may then have `test/`
+            alone, and fewer classes. Mean and std are NaN without training images.
 
     Raises:
         UserError: the data are missing, cannot be read, or are too few to split.
     """
-    data_dir, note, digest = Path(data_dir), "", ""
+    data_dir, notes, content, files = Path(data_dir), [], "", None
     if name == "cifar10":
         images, labels, parts = _load_cifar10(data_dir)
         classes = CIFAR10_CLASSES
@@ -113,30 +122,37 @@ def load_data(
         images, labels, parts = _load_digits()
         classes = [str(digit) for digit in range(10)]
     elif name == "folder":
-        listing = list_images(data_dir, test_alone=test_alone)
+        listing = list_images(data_dir, classes)
         labels, parts = _folder_splits(listing, data_dir)
-        images = decoded_images(data_dir, listing.files, image_size)
-        classes, note, digest = listing.classes, "; ".join(listing.notes), listing.digest(data_dir)
+        images, content = decoded_images(data_dir, listing, image_size)
+        classes, notes, files = listing.classes, listing.notes, listing.files
     else:
         raise UserError(f"--dataset {name}: unknown; use cifar10, digits or folder")
 
+    drawn = tuple({"val", "test"} - set(listing.parts)) if name == "folder" else ()
     if "val" not in parts:
         parts["val"] = parts["train"][:0]
         if val_fraction and len(parts["train"]):
             advice = "choose another fraction, or 0"
             parts["train"], parts["val"] = stratified_split(
-                labels, parts["train"], val_fraction, "--val-fraction", advice
+                labels, parts["train"], val_fraction, "--val-fraction", advice, classes
             )
-    splits = [Split(images, labels, parts[part]) for part in ("train", "val", "test")]
+    splits = []
+    for part, word in (("train", "training"), ("val", "validation"), ("test", "test")):
+        splits.append(Split(images, labels, parts[part], files))
+        missing = set(range(len(classes))) - set(labels[parts[part]].tolist())
+        if missing and len(parts[part]):
+            notes.append(f"no {word} images of {quoted([classes[label] for label in missing])}")
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else channel_statistics(splits[0])
-    return Data(name, *splits, list(classes), mean, std, note, digest)
+    return Data(name, *splits, list(classes), mean, std, "; ".join(notes), content, drawn)
 
 
-def stratified_split(labels, indices, fraction, what: str, advice: str):
+def stratified_split(labels, indices, fraction, what: str, advice: str, classes: list[str]):
     """Split `indices` in two, stratified by label; the second part gets `fraction` of them.
 
     Raises:
-        UserError: too few images. The message begins with `what` and ends with `advice`.
+        UserError: too few images. The message begins with `what`, ends with `advice`, and names the
+            smallest class.
     """
     from sklearn.model_selection import train_test_split  # takes seconds: not for --help
 
@@ -148,9 +164,11 @@ def stratified_split(labels, indices, fraction, what: str, advice: str):
             random_state=SPLIT_SEED,
         )
     except ValueError:
+        counts = torch.bincount(labels[indices], minlength=len(classes))
         raise UserError(
             f"{what} {fraction} of {len(indices)} images leaves a class without an image "
-            f"in one part: add images, or {advice}"
+            f"in one part; the smallest is {classes[counts.argmin()]!r}, with {counts.min()}: add "
+            f"images, or {advice}"
         ) from None
     return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
 
@@ -162,8 +180,9 @@ def _folder_splits(listing: Listing, root: Path) -> tuple[torch.Tensor, dict]:
         parts = {part: torch.arange(r.start, r.stop) for part, r in listing.parts.items()}
         return labels, {"train": torch.arange(0)} | parts
     what, advice = f"--data-dir {root}: a test split of", "make folders train/ and test/"
-    train, test = stratified_split(labels, torch.arange(len(labels)), TEST_FRACTION, what, advice)
-    missing = set(range(len(listing.classes))) - set(labels[test].tolist())
+    everything = torch.arange(len(labels))
+    train, test = stratified_split(labels, everything, TEST_FRACTION, what, advice, listing.classes)
+    missing = set(labels.tolist()) - set(labels[test].tolist())
     if missing:
         raise UserError(
             f"--data-dir {root}: class {listing.classes[min(missing)]!r} has too few images for a "
@@ -174,8 +193,18 @@ def _folder_splits(listing: Listing, root: Path) -> tuple[torch.Tensor, dict]:
 
 
 def _load_cifar10(root: Path):
+    if (root / "batches.meta").exists():
+        raise UserError(f"--data-dir {root}: CIFAR-10 is in it: use --data-dir {root.parent}")
+    archives = (root / CIFAR10.base_folder, root / CIFAR10.filename)
+    if not any(map(Path.exists, archives)) and holds_images(root):
+        raise UserError(
+            f"--data-dir {root}: it has folders of images: use --dataset folder for them, or "
+            "another --data-dir for CIFAR-10"
+        )
     try:
-        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root, wait=True):  # one download at a time
+            parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad md5 a RuntimeError
         archive = "cifar-10-python.tar.gz"
         advice = f"put {archive} there"
@@ -202,7 +231,7 @@ def _load_digits():
     labels = torch.from_numpy(digits.target)
     everything = torch.arange(len(labels))
     train, test = stratified_split(
-        labels, everything, TEST_FRACTION, "the test split", "use another data set"
+        labels, everything, TEST_FRACTION, "the test split", "use another data set", "0123456789"
     )
     return images, labels, {"train": train, "test": test}
 

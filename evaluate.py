@@ -17,6 +17,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from sklearn.metrics import (
     accuracy_score,
@@ -29,43 +30,45 @@ from torch.utils.tensorboard import SummaryWriter
 from cli import (
     Parser,
     add_data_flags,
-    add_device_flag,
-    choose_device,
+    add_device_flags,
     command,
-    make_out_dir,
+    name_type,
     path_type,
     run,
+    use_device,
+    writing,
 )
 from figures import plot_confusion, plot_counts, plot_curves, plot_examples
 from models import count_parameters
-from prepare import TrainedModel, load_data_for, load_models
+from prepare import TrainedModel, load_data_for, load_models, make_results_dir
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
     """Metrics from logits (N, C) and labels (N,), all but the loss as scikit-learn computes them.
 
     `accuracy` is a fraction, `loss` the mean cross-entropy in nats. `confusion_matrix[i][j]` counts
-    the images of class i that were predicted as class j.
+    the images of class i that were predicted as class j. Averages are over the classes that have
+    images; what is undefined for a class, as the recall without images, is None.
     """
     predictions, ids = logits.argmax(1), range(len(classes))
 
-    def f1_of(average):  # precision, recall, F1, support
+    def f1_of(average, ids):  # precision, recall, F1, support
         return precision_recall_fscore_support(
-            labels, predictions, labels=ids, average=average, zero_division=0
+            labels, predictions, labels=ids, average=average, zero_division=np.nan
         )
 
-    per_class = zip(*(column.tolist() for column in f1_of(None)), strict=True)
-    keys = ("precision", "recall", "f1", "support")
+    present, keys = labels.unique().tolist(), ("precision", "recall", "f1", "support")
+    per_class = {}
+    for name, *row in zip(classes, *(column.tolist() for column in f1_of(None, ids)), strict=True):
+        scores = {key: None if np.isnan(x) else x for key, x in zip(keys, row, strict=True)}
+        per_class[name] = scores if scores["support"] else scores | {"f1": None}
     return {
         "accuracy": accuracy_score(labels, predictions),
-        "macro_f1": f1_of("macro")[2],
-        "weighted_f1": f1_of("weighted")[2],
+        "macro_f1": f1_of("macro", present)[2],
+        "weighted_f1": f1_of("weighted", present)[2],
         "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
         "images": len(labels),
-        "per_class": {
-            name: dict(zip(keys, row, strict=True))
-            for name, row in zip(classes, per_class, strict=True)
-        },
+        "per_class": per_class,
         "confusion_matrix": confusion_matrix(labels, predictions, labels=ids).tolist(),
     }
 
@@ -83,11 +86,13 @@ def evaluate(model: TrainedModel, split, classes: list[str]) -> tuple[dict, str]
         "epoch": model.checkpoint["epoch"],
         "timing": {"training_seconds": history[-1]["seconds"], "evaluation_seconds": seconds},
     }
+    present = labels.unique().tolist()
     report = classification_report(
-        labels, logits.argmax(1), labels=range(len(classes)), target_names=classes,
+        labels, logits.argmax(1), labels=present, target_names=[classes[i] for i in present],
         digits=4, zero_division=0,
     )  # fmt: skip
-    return metrics, report
+    missing = [name for i, name in enumerate(classes) if i not in present]
+    return metrics, report + (f"\nno images of {', '.join(missing)}\n" if missing else "")
 
 
 # ---------------------------------------------------------------- command line
@@ -130,7 +135,8 @@ def write_files(out_dir: Path, paths: list[str], metrics: list[dict], reports: s
         files["comparison.json"] = json.dumps(comparison, indent=2)
     (out_dir / "comparison.json").unlink(missing_ok=True)
     for name, text in files.items():
-        (out_dir / name).write_text(text + "\n", encoding="utf-8")
+        with writing(out_dir / name):
+            (out_dir / name).write_text(text + "\n", encoding="utf-8")
     return list(files)
 
 
@@ -138,7 +144,7 @@ def write_figures(out_dir: Path, figures: dict, metrics: dict[str, dict], report
     """Write PNGs, and the same figures and numbers for TensorBoard."""
     for old in out_dir.glob("events.out.*.evaluation"):
         old.unlink()
-    with SummaryWriter(out_dir, filename_suffix=".evaluation") as log:
+    with writing(out_dir), SummaryWriter(out_dir, filename_suffix=".evaluation") as log:
         for name, figure in figures.items():
             figure.savefig(out_dir / f"{name}.png", dpi=120)
             log.add_figure(f"evaluation/{name}", figure)
@@ -152,24 +158,25 @@ def write_figures(out_dir: Path, figures: dict, metrics: dict[str, dict], report
 def main(argv=None):
     # 1. Check.
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+    parser.add_argument("checkpoints", nargs="+", type=name_type, metavar="CHECKPOINT",
                         help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
     add_data_flags(parser, from_checkpoint=True)
     parser.add_argument("--split", choices=("test", "val"), default="test", help="which images")
     parser.add_argument("--out-dir", type=path_type, default=Path("runs/evaluation"), metavar="DIR",
                         help="for the results; earlier ones are replaced")  # fmt: skip
-    add_device_flag(parser)
+    add_device_flags(parser)
     args = parser.parse_args(argv)
-    models = load_models(args.checkpoints, choose_device(args.device))
+    models = load_models(args.checkpoints, use_device(args))
+    make_results_dir(args.out_dir, models, args.dataset, args.data_dir)
 
     # 2. Gather.
     data = load_data_for(models, args.dataset, args.data_dir, args.split)
     split = getattr(data, args.split)
     if not len(split):
         parser.error(
-            "--split val: these checkpoints were trained without validation; use --split test"
+            f"--split {args.split}: there are no such images (with --val-fraction 0 there is no "
+            "validation); use the other split"
         )
-    make_out_dir(args.out_dir)
     print(
         f"{data.name}: {len(split):,} {args.split} images of {len(data.classes)} classes"
         + (f"; {data.note}" if data.note else "")

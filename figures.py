@@ -3,6 +3,8 @@
 B images   L layers   h, w grid of a map   H, W image height and width   C classes
 """
 
+import collections
+import itertools
 import textwrap
 
 import matplotlib
@@ -15,6 +17,7 @@ from PIL import Image
 
 from data import Data, Split
 
+MOST_CLASSES = 25, 50, 100  # with numbers in cells, with an example, with a name on an axis
 COLORS = matplotlib.colormaps["turbo"]
 SIGNED_COLORS = matplotlib.colormaps["RdBu_r"]
 # These sentences name the colours above.
@@ -23,17 +26,30 @@ SIGNED_SCALE = "Maps in red and blue: red speaks for the class, blue against it,
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 
 
-def short(name: str, length: int = 20) -> str:
-    """A long name without its middle, to fit a column."""
+def shorten(names: list[str], length: int = 20) -> list[str]:
+    """Long names without their middle, to fit a column; all remain different."""
     half = (length - 1) // 2
-    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+    short = [n if len(n) <= length else f"{n[:half]}…{n[-half:]}" for n in names]
+    for label in [label for label, count in collections.Counter(short).items() if count > 1]:
+        same = [i for i, other in enumerate(short) if other == label]
+        letters = zip(*(names[i] for i in same), strict=False)
+        start = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, letters))
+        for number, i in enumerate(same, 1):  # they differ from `start` on, or nowhere
+            middle = names[i][start : start + half]
+            short[i] = f"{names[i][: half - 3]}…{middle}" if middle else f"{label} ({number})"
+    return short
 
 
-def tilted(names: list[str]) -> dict:
-    """How to write names below an axis: long ones at an angle."""
-    if max(map(len, names)) <= 3:
-        return {}
-    return {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+def name_axis(axis, names: list[str], tilt: bool = False) -> None:
+    """Write class names along an axis: not more of them than can be read.
+
+    `tilt`: at an angle, unless they are very short.
+    """
+    step = -(-len(names) // MOST_CLASSES[2])  # rounded up
+    short, style = shorten(names)[::step], {"fontsize": 10 if len(names) <= 50 else 6}
+    if tilt and max(map(len, short)) > 3:
+        style |= {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_ticks(range(0, len(names), step), short, **style)
 
 
 # ---------------------------------------------------------------- explanations
@@ -64,7 +80,8 @@ def overlay(image: np.ndarray, heat: torch.Tensor, signed: bool = False) -> np.n
 def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: list[dict]) -> Figure:
     """A row per image: the image, then for each column of maps the raw grid and the overlay.
 
-    A column is a dict: `header`, `signed`, `maps` (B, h, w), `titles` and `colors`, one per image.
+    A column is a dict: `header` (model, method), `signed`, `maps` (B, h, w), `titles` and `colors`,
+    one per image.
     """
     rows, cols = len(pictures), 1 + 2 * len(columns)
     height = 2.05 * rows + 0.95  # inches
@@ -74,6 +91,8 @@ def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: lis
         note = f"{note} {SIGNED_SCALE}".strip()
     note = textwrap.fill(note, 23 * cols)  # two lines below a narrow figure
     figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=10)
+    models = list(dict.fromkeys(column["header"][0] for column in columns))
+    models = dict(zip(models, shorten(models, 32), strict=True))
     grid = figure.subplots(rows, cols, squeeze=False)
     figure.subplots_adjust(0.01, 0.5 / height, 0.99, 1 - 0.85 / height, wspace=0.06, hspace=0.2)
     for axes in grid.ravel():
@@ -90,8 +109,10 @@ def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: lis
             smooth.imshow(overlay(np.asarray(big), column["maps"][i], column["signed"]))
             raw.set_title(column["titles"][i], fontsize=10, color=column["colors"][i], x=1.03)
             if i == 0:
+                model, text = column["header"]
+                header = f"{models[model]}\n{shorten([text], 34)[0]}"
                 raw.text(
-                    1.03, 1.22, column["header"], transform=raw.transAxes, ha="center",
+                    1.03, 1.22, header, transform=raw.transAxes, ha="center",
                     va="bottom", fontsize=11, weight="bold",
                 )  # fmt: skip
     return figure
@@ -145,25 +166,31 @@ def plot_attention_heads(picture, name: str, attention: torch.Tensor, title: str
 
 def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
     """A panel per model; a cell has the number of images and their fraction of the true class."""
-    C = len(classes)
-    side = max(4.0, 0.66 * C) if C <= 25 else 12.0
-    figure = Figure(figsize=((side + 1.6) * len(metrics), side + 1.5), layout="compressed")
-    for axes, (name, scores) in zip(
-        figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
-    ):
+    C, few = len(classes), len(classes) <= MOST_CLASSES[0]
+    side = max(4.0, 0.66 * C) if few else 12.0
+    columns = min(len(metrics), 3)
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=((side + 1.6) * columns, (side + 1.6) * rows), layout="compressed")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(metrics) :]:
+        axes.set_axis_off()
+    names = shorten(list(metrics), int(7 * side))
+    for axes, name, scores in zip(panels, names, metrics.values(), strict=False):
         counts = np.array(scores["confusion_matrix"])
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        ticks = list(map(short, classes))
-        axes.set_xticks(range(C), ticks, **tilted(ticks))
-        axes.set_yticks(range(C), ticks)
+        name_axis(axes.xaxis, classes, tilt=True)
+        none = ["" if total else " (no images)" for total in counts.sum(1)]
+        name_axis(axes.yaxis, [a + b for a, b in zip(shorten(classes), none, strict=True)])
         axes.set(xlabel="predicted", ylabel="true")
-        axes.set_title(f"{name}: {scores['accuracy']:.2%} of {scores['images']:,} images correct")
-        axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
-        axes.set_yticks(np.arange(C - 1) + 0.5, minor=True)
-        axes.grid(which="minor", color="0.9", linewidth=0.8)
-        axes.tick_params(which="minor", length=0)
-        for i, j in np.argwhere(counts) if C <= 25 else ():
+        correct = f"{scores['accuracy']:.2%} of {scores['images']:,} images correct"
+        axes.set_title(f"{name}\n{correct}")
+        if len(classes) <= MOST_CLASSES[2]:
+            axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
+            axes.set_yticks(np.arange(C - 1) + 0.5, minor=True)
+            axes.grid(which="minor", color="0.9", linewidth=0.8)
+            axes.tick_params(which="minor", length=0)
+        for i, j in np.argwhere(counts) if few else ():
             color = "white" if shares[i, j] > 0.5 else "black"
             text = {"ha": "center", "color": color}
             axes.text(j, i - 0.04, f"{counts[i, j]}", va="bottom", fontsize=9, **text)
@@ -175,59 +202,66 @@ def plot_curves(histories: dict[str, list[dict]]) -> Figure:
     """Accuracy and loss of trainings, by epoch and by training time; validation is solid."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharey="row", sharex="col")
+    names, labels = shorten(list(histories), 40), []
     for row, quantity in zip(grid, ("accuracy", "loss"), strict=True):
         for axes, unit in zip(row, ("epoch", "minutes of training"), strict=True):
-            for color, (name, history) in enumerate(histories.items()):
+            for color, (name, history) in enumerate(zip(names, histories.values(), strict=True)):
                 x = [r["epoch"] if unit == "epoch" else r["seconds"] / 60 for r in history]
                 for part, style in (("val", "-"), ("train", "--")):
                     y = [r[f"{part}_{quantity}"] for r in history]
                     if None not in y:
-                        label = f"{name}, {'validation' if part == 'val' else 'training'}"
-                        marker = "o" if len(y) < 40 else None
-                        axes.plot(
-                            x, y, style, color=f"C{color}", label=label, marker=marker, markersize=3
-                        )
+                        labels += [f"{name}, {'validation' if part == 'val' else 'training'}"]
+                        look = {"marker": "o" if len(y) < 40 else None, "markersize": 3}
+                        # matplotlib would leave out a label that begins with _.
+                        axes.plot(x, y, style, color=f"C{color}", label="curve", **look)
             axes.grid(alpha=0.3)
             if quantity == "loss":
                 axes.set_xlabel(unit)
         row[0].set_ylabel(quantity)
     grid[0, 0].yaxis.set_major_formatter("{x:.0%}")
     grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    grid[0, 0].legend()
+    legend = grid[0, 0].legend(fontsize=10 if len(histories) <= 4 else 6)
+    for text, label in zip(legend.get_texts(), labels, strict=False):
+        text.set_text(label)
     return figure
 
 
 def plot_examples(split: Split, classes: list[str]) -> Figure:
-    """The first image of each class in a split."""
-    columns = min(len(classes), 10)
-    rows = -(-len(classes) // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.8 * rows), layout="constrained")
+    """The first image of each class in a split, of the first classes if there are many."""
+    drawn = shorten(classes, 14)[: MOST_CLASSES[1]]
+    columns = min(len(drawn), 10)
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.3), layout="constrained")
+    if len(drawn) < len(classes):
+        figure.suptitle(f"the first {len(drawn)} of {len(classes)} classes")
     labels = split.labels[split.indices]
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels:
         axes.axis("off")
-    for label, (axes, name) in enumerate(zip(panels, classes, strict=False)):
+    for label, (axes, name) in enumerate(zip(panels, drawn, strict=False)):
         where = (labels == label).nonzero()[:1, 0]
         if len(where):
             axes.imshow(split.rows(where)[0][0].permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_title(short(name, 14), fontsize=11)
+        else:
+            axes.text(0.5, 0.5, "no images", ha="center", va="center")
+        axes.set_title(name, fontsize=11)
     return figure
 
 
 def plot_counts(data: Data) -> Figure:
     """Images per class in each split."""
-    figure = Figure(figsize=(max(6.0, 0.9 * len(data.classes)), 4), layout="constrained")
-    axes = figure.subplots()
-    x = np.arange(len(data.classes))
+    C = len(data.classes)
+    figure = Figure(figsize=(min(max(6.0, 0.9 * C), 22.5), 4), layout="constrained")
+    axes, x = figure.subplots(), np.arange(C)
     for i, part in enumerate(("train", "val", "test")):
         split = getattr(data, part)
         if not len(split):
             continue
-        counts = torch.bincount(split.labels[split.indices], minlength=len(data.classes)).numpy()
+        counts = torch.bincount(split.labels[split.indices], minlength=C).numpy()
         bars = axes.bar(x + (i - 1) * 0.28, counts, 0.28, label=f"{part}: {len(split):,}")
-        axes.bar_label(bars, fontsize=7, rotation=90 if len(data.classes) > 5 else 0, padding=2)
-    ticks = list(map(short, data.classes))
-    axes.set_xticks(x, ticks, **tilted(ticks))
+        if len(data.classes) <= MOST_CLASSES[0]:
+            axes.bar_label(bars, fontsize=7, rotation=90 if C > 5 else 0, padding=2)
+    name_axis(axes.xaxis, data.classes, tilt=True)
     axes.set_ylabel("images")
     axes.margins(y=0.15)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=3, frameon=False)

@@ -1,100 +1,313 @@
 """A folder of images: which files it holds, how they are decoded, and the cache of the result."""
 
+import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import json
 import os
+import struct
+import unicodedata
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from cli import UserError, quoted
+from cli import UserError, locked, printable, quoted, warn, writing
 
-SPLITS = ("train", "val", "test")
+SPLITS = {  # names of the folders of a split
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+MOST_NAMED = 10  # files in a message
+SAMPLE_FORMAT, PHOTOMETRIC, SAMPLES = 339, 262, 277  # tags of a TIFF
+# What Pillow raises for damaged files and metadata: found by damaging half a million.
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, EOFError, struct.error)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long texts are no reason to refuse
+
+
+class BadImageError(UserError):
+    """A file that cannot be used: its path, the reason, and what to do."""
+
+    def __init__(self, path, reason: str, advice: str = "replace it, or remove it"):
+        self.reason = f"{path}: {reason}"
+        super().__init__(f"{self.reason}; {advice}")
 
 
 @dataclasses.dataclass
 class Listing:
     """The image files of a folder, before any is decoded."""
 
-    files: list[tuple[str, str]]  # path, and a stamp that changes when the file does
-    labels: list[int]  # a class number per file
-    parts: dict[str, range]  # positions in `files` of each split; "all" without such folders
-    classes: list[str]
-    notes: list[str]  # what the reader should know, e.g. how many files were skipped
-
-    def digest(self, root: Path) -> str:
-        """A short hash of the files' relative paths and sizes; copying a folder keeps it."""
-        return digest_of(
-            [f"{os.path.relpath(path, root)} {s.split()[0]}" for path, s in self.files]
-        )
+    files: list[str] = dataclasses.field(default_factory=list)  # paths
+    names: list[str] = dataclasses.field(default_factory=list)  # split/class/file, on any system
+    stamps: list[str] = dataclasses.field(default_factory=list)  # change when a file does
+    labels: list[int] = dataclasses.field(default_factory=list)  # a class number per file
+    parts: dict[str, range] = dataclasses.field(
+        default_factory=dict
+    )  # rows of each split, or "all"
+    classes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  # what the reader should know
 
 
-def list_images(root: Path, *, test_alone: bool = False) -> Listing:
+# ---------------------------------------------------------------- which files
+
+
+def list_images(root: Path, classes: list[str] | None = None) -> Listing:
     """All images in `root/<split>/<class>/`, or in `root/<class>/`.
 
     Args:
         root: the folder.
-        test_alone: `root/train` may be missing.
+        classes: those of the networks to measure. Then `root/train` may be missing, and there may
+            be fewer classes, but no others. None: the classes of the training images.
 
     Raises:
-        UserError: no such folder, no images, one class, or a class that train/ lacks.
+        UserError: no such folder, no images, one class, a class that is not known, or images that
+            would be ignored.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "there is no such folder"
         raise UserError(f"--data-dir {root}: {what}")
-    splits, unused = _split_folders(root, test_alone)
-    files, parts, skipped = [], {}, 0
-    for part in splits or [""]:
-        found, others = _scan(root / part)
-        if not found:
+    archive = root if (root / "batches.meta").exists() else root / "cifar-10-batches-py"
+    if archive.is_dir():
+        raise UserError(
+            f"--data-dir {root}: this is CIFAR-10 itself: use --dataset cifar10 --data-dir "
+            f"{archive.parent}"
+        )
+    listing, skipped, splits = Listing(), collections.Counter(), _split_folders(root, classes)
+    class_names = []
+    for part, folder in splits.items():
+        first = len(listing.files)
+        for directory in _folders(folder):
+            for entry in _images(directory, skipped):
+                stat = entry.stat()
+                stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+                class_names.append(_composed(directory.name))
+                listing.files.append(entry.path)
+                listing.names.append(f"{part}/{class_names[-1]}/{_composed(entry.name)}")
+                listing.stamps.append(stamp)
+        if len(listing.files) == first:
+            raise UserError(f"--data-dir {root}: no images in {folder}/<class>/, such as cat/1.jpg")
+        listing.parts[part] = range(first, len(listing.files))
+        loose = sum(_is_image(path.name) for path in folder.iterdir() if path.is_file())
+        skipped["images in no class's folder"] += loose
+    known = class_names[: len(next(iter(listing.parts.values())))]  # of train/, which comes first
+    listing.classes = classes or sorted(set(known))
+    _check_classes(root, listing, class_names, classes is not None)
+    numbers = {name: number for number, name in enumerate(listing.classes)}
+    listing.labels = [numbers[name] for name in class_names]
+    unused = {path.name for path in _folders(root)} - {path.name for path in splits.values()}
+    if unused and root not in splits.values():
+        listing.notes.append(f"not used: {quoted(unused)}")
+    listing.notes += [f"skipped {reason}: {count}" for reason, count in skipped.items() if count]
+    return listing
+
+
+def _check_classes(root: Path, listing: Listing, class_names: list[str], known: bool) -> None:
+    """Raise UserError for a class that is not in `listing.classes`, or if there is only one."""
+    if len(listing.classes) < 2:
+        raise UserError(
+            f"--data-dir {root}: there is one class, {listing.classes[0]!r}; two are needed"
+        )
+    for part, rows in listing.parts.items():
+        others = {class_names[row] for row in rows} - set(listing.classes)
+        if others and known:
             raise UserError(
-                f"--data-dir {root}: no images in {root / part}/<class>/, such as cat/1.jpg"
+                f"--data-dir {root}: the checkpoint's {len(listing.classes)} classes do not have "
+                f"{quoted(others)}: choose its own data (--dataset, --data-dir)"
             )
-        parts[part or "all"] = range(len(files), len(files) + len(found))
-        files, skipped = files + found, skipped + others
-
-    names = [Path(path).parent.name for path, _ in files]
-    names_of = {part: {names[row] for row in rows} for part, rows in parts.items()}
-    classes = sorted(next(iter(names_of.values())))  # those of train/, which comes first
-    if len(classes) < 2:
-        raise UserError(f"--data-dir {root}: there is one class, {classes[0]!r}; two are needed")
-    for part, found in names_of.items():
-        if found - set(classes):
+        if others:
             raise UserError(
-                f"--data-dir {root}: class {min(found - set(classes))!r} is in {part}/ but not in "
-                "train/: add it there, or remove it"
+                f"--data-dir {root}: class {min(others)!r} is in {part}/ but not in train/: add it "
+                "there, or remove it"
             )
-    notes = [f"skipped files: {skipped} (not {' '.join(IMG_EXTENSIONS)})"] if skipped else []
-    if unused:
-        notes.append(f"not used: {quoted(unused)}")
-    missing = set(classes) - names_of.get("test", set(classes))
-    if missing:
-        notes.append(f"no test images of {quoted(missing)}")
-    return Listing(files, [classes.index(name) for name in names], parts, classes, notes)
 
 
-def _split_folders(root: Path, test_alone: bool) -> tuple[list[str], set[str]]:
-    """Which of train/, val/ and test/ hold classes, and which folders are not used."""
-    folders = [folder.name for folder in _folders(root)]
-    splits = [part for part in SPLITS if part in folders]
-    nested = any(_folders(root / part) for part in splits)
+def _split_folders(root: Path, classes: list[str] | None) -> dict[str, Path]:
+    """The folder of each split; {"all": root} if the folders in `root` are classes."""
+    folders, splits = _folders(root), {}
+    for part, names in SPLITS.items():
+        # Without folders in it, only these very names are splits: "Training" may be a class.
+        found = [f for f in folders if f.name == part or (f.name.lower() in names and _folders(f))]
+        if len(found) > 1:
+            raise UserError(
+                f"--data-dir {root}: {found[0].name}/ and {found[1].name}/ are both {part} images: "
+                "keep one"
+            )
+        if found:
+            splits[part] = found[0]
     # Without train/ and test/ the folders are classes. So they are if train/ has no folders in it
     # and other folders are beside it: then a class is called train.
+    nested = any(_folders(folder) for folder in splits.values())
     if not {"train", "test"} & set(splits) or (len(folders) > len(splits) and not nested):
-        return [], set()
-    if not {"train", "test"} <= set(splits) and not (test_alone and "test" in splits):
+        return {"all": root}
+    if ("train" not in splits and classes is None) or "test" not in splits:
         missing = "test" if "train" in splits else "train"
+        advice = "add it, or put the classes' folders directly there"
+        if "val" in splits:
+            advice = f"add it, for example with some of the images of {splits['val'].name}/"
         raise UserError(
-            f"--data-dir {root}: there is no folder {missing}/<class>/ beside {splits[0]}/: add "
-            "it, or put the classes' folders directly there"
+            f"--data-dir {root}: there is no folder {missing}/<class>/ beside "
+            f"{next(iter(splits.values())).name}/: {advice}"
         )
-    return splits, set(folders) - set(splits)
+    return splits
+
+
+def holds_images(root: Path) -> bool:
+    """Whether there are images in `root/<class>/` or `root/train/<class>/`."""
+    found = (path.name for pattern in ("*/*", "train/*/*") for path in root.glob(pattern))
+    return any(map(_is_image, found))
+
+
+def _composed(name: str) -> str:
+    """A name from disk in Unicode's composed form (NFC); macOS may use the other one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
+
+
+def _folders(folder: Path) -> list[Path]:
+    found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    return sorted(found, key=lambda path: _composed(path.name))
+
+
+def _images(directory: Path, skipped: collections.Counter) -> list[os.DirEntry]:
+    """The image files directly in a class's folder, sorted; `skipped` counts the others.
+
+    Raises:
+        UserError: there are none, or images in folders below, or the class's name is unprintable.
+    """
+    if printable(directory.name) != directory.name:
+        raise UserError(
+            f"{directory.parent}: the folder name {directory.name!r} cannot be printed; rename it"
+        )
+    found = []
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: _composed(entry.name)):
+            if entry.name.startswith("."):  # such as the ._x.jpg of macOS
+                skipped["hidden files"] += 1
+            elif entry.is_dir():
+                deep = sum(_is_image(f) for _, _, files in os.walk(entry.path) for f in files)
+                if deep:
+                    raise UserError(
+                        f"{entry.path}: images a level too deep: {deep}. Move them up into "
+                        f"{directory}, or give --data-dir the folder above the classes"
+                    )
+            elif entry.is_symlink() and not Path(entry.path).exists():
+                skipped["links to missing files"] += 1
+            elif not _is_image(entry.name) or not entry.is_file():
+                skipped[f"files that are not {' '.join(IMG_EXTENSIONS)}"] += 1
+            else:
+                found.append(entry)
+    if not found:
+        raise UserError(
+            f"{directory}: no images ({' '.join(IMG_EXTENSIONS)}): add some, or remove the folder"
+        )
+    return found
+
+
+# ---------------------------------------------------------------- cache
+
+
+def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tensor, str]:
+    """Decode the files once; later read them from a cache, whose name changes with the files.
+
+    The cache is in `root` or, where that cannot be written, in PyTorch's own cache.
+
+    Returns:
+        (images uint8 (M, 3, size, size), memory-mapped; a hash of the files' names and content).
+
+    Raises:
+        UserError: files cannot be read, or the cache cannot be written or is damaged.
+    """
+    stamps = [f"{n} {stamp}" for n, stamp in zip(listing.names, listing.stamps, strict=True)]
+    name = f".cache-{size}-{digest_of(stamps)}.npy"
+    elsewhere = Path(torch.hub.get_dir()).parent / "images" / digest_of([str(root.resolve())])
+    for folder in (root, elsewhere):
+        cache = folder / name
+        if not cache.exists():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with locked(folder, wait=True):
+                    if not cache.exists():  # another program may have made it meanwhile
+                        _make_cache(cache, listing, size)
+            except OSError as error:
+                if folder == root and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    continue
+                with writing(cache):
+                    raise
+        if folder != root:
+            listing.notes.append(f"decoded images are kept in {folder}")
+        break
+    try:
+        facts = json.loads(cache.with_suffix(".json").read_text())
+        images = np.load(cache, mmap_mode="c")  # copy-on-write: PyTorch warns of read-only arrays
+    except (ValueError, EOFError, FileNotFoundError):
+        raise UserError(f"{cache}: damaged; remove it, and it will be made again") from None
+    for remark in facts["remarks"]:
+        warn(remark)
+    return torch.from_numpy(images), facts["content"]
+
+
+def _make_cache(cache: Path, listing: Listing, size: int) -> None:
+    """Decode all files into `cache`, and write what was found on the way beside it, as JSON."""
+    for old in cache.parent.glob(f".cache-{size}-*"):
+        old.unlink(missing_ok=True)  # of other files, or of a program that was killed
+    partial = cache.with_suffix(".tmp")
+    try:
+        with partial.open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False}
+            header["shape"] = (len(listing.files), 3, size, size)
+            np.lib.format.write_array_header_1_0(file, header)
+            cache.with_suffix(".json").write_text(json.dumps(_decode(listing, size, file)))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(cache)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _decode(listing: Listing, size: int, file) -> dict:
+    """Write the pixels of all files into `file`; return their hash, and remarks on them.
+
+    Raises:
+        UserError: files that cannot be read; up to ten are named.
+    """
+    contents, bad, remarks, deep = [], [], [], []
+    rows = zip(listing.files, listing.names, strict=True)
+    for path, name in tqdm(rows, "decoding", len(listing.files), unit=" images", disable=None):
+        try:
+            image = read_image(path, size, remarks)
+        except BadImageError as error:
+            bad.append(error)
+            if len(bad) == MOST_NAMED:
+                break
+            continue
+        deep += [image.info["largest"]] if "largest" in image.info else []
+        file.write(np.asarray(image).transpose(2, 0, 1).tobytes())
+        with Path(path).open("rb") as source:
+            contents.append(f"{name} {hashlib.file_digest(source, 'sha256').hexdigest()}")
+    if len(bad) == 1:
+        raise bad[0]
+    if bad:
+        reasons = ", ".join(error.reason for error in bad)
+        raise UserError(f"{len(bad)} files cannot be used; replace or remove them: {reasons}")
+    if deep and max(deep) < 2**14:
+        remarks.insert(
+            0,
+            f"{len(deep)} images have 16 bits, but their largest value is {max(deep)} of 65,535, "
+            "so that all is dark: if they hold fewer bits, convert them to 8 bits first",
+        )
+    if len(remarks) > MOST_NAMED:
+        remarks[MOST_NAMED:] = [f"... and {len(remarks) - MOST_NAMED} more"]
+    return {"content": digest_of(contents), "remarks": remarks}
 
 
 def digest_of(lines: list[str]) -> str:
@@ -102,118 +315,89 @@ def digest_of(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+# ---------------------------------------------------------------- one file
 
 
-def _scan(folder: Path):
-    """All images in `folder/<class>/`, as (path, stamp), sorted; and how many files are skipped."""
-    found, skipped = [], 0
-    for directory in _folders(folder):
-        if not directory.name.isprintable():
-            raise UserError(
-                f"{folder}: the folder name {directory.name!r} cannot be printed; rename it"
-            )
-        before = len(found)
-        with os.scandir(directory) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                hidden = entry.name.startswith(".")  # such as the ._x.jpg of macOS
-                if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file() and not hidden:
-                    stat = entry.stat()
-                    found.append((entry.path, f"{stat.st_size} {stat.st_mtime_ns}"))
-                else:
-                    skipped += 1
-        if len(found) == before:
-            raise UserError(
-                f"{directory}: no images ({' '.join(IMG_EXTENSIONS)}): add some, or "
-                "remove the folder"
-            )
-    return found, skipped
-
-
-def decoded_images(root: Path, files: list[tuple[str, str]], size: int) -> torch.Tensor:
-    """The images uint8 (M, 3, size, size), memory-mapped; decoded once, then read from a cache.
-
-    The name of the cache changes with the files.
-
-    Raises:
-        UserError: a file cannot be read, or the cache cannot be written or is damaged.
-    """
-    digest = digest_of([f"{os.path.relpath(path, root)} {stamp}" for path, stamp in files])
-    cache = root / f".cache-{size}-{digest}.npy"
-    if not cache.exists():
-        partial = cache.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with partial.open("wb") as file:
-                header = {"descr": "|u1", "fortran_order": False}
-                header["shape"] = (len(files), 3, size, size)
-                np.lib.format.write_array_header_1_0(file, header)
-                for path, _ in tqdm(files, "decoding", unit=" images", disable=None):
-                    pixels = np.asarray(read_image(path, size))  # (size, size, 3)
-                    file.write(pixels.transpose(2, 0, 1).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(cache)
-            for old in root.glob(f".cache-{size}-*.npy"):
-                if old != cache:
-                    old.unlink(missing_ok=True)
-        except PermissionError as error:
-            raise UserError(
-                f"--data-dir {root}: the decoded images cannot be kept there ({error.strerror}): "
-                "make it writable, or use a copy"
-            ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-    try:
-        images = np.load(cache, mmap_mode="c")  # copy-on-write: PyTorch warns of read-only arrays
-    except (ValueError, EOFError):
-        raise UserError(f"{cache}: damaged; remove it, and it will be made again") from None
-    return torch.from_numpy(images)
-
-
-def read_image(path: str | Path, size: int | None = None) -> Image.Image:
+def read_image(path, size: int | None = None, remarks: list[str] | None = None) -> Image.Image:
     """Read an image file as RGB, upright. With `size`: shorter side to `size`, then centre crop.
 
-    Of an animation the first frame is read.
+    Of an animation the first frame is read. The result's `info` has the `largest` value of a file
+    of 16 bits. `remarks` is a list that gets what Pillow warns of.
 
     Raises:
-        UserError: the file is missing, or not an image that Pillow can read.
+        BadImageError: the file is missing, or not an image that Pillow can read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
+        with warnings.catch_warnings(record=True) as caught, Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)  # such as "Corrupt EXIF data"
+            image.load()
+            with contextlib.suppress(*DAMAGED):  # its pixels count, not its metadata
                 ImageOps.exif_transpose(image, in_place=True)
-                image = to_rgb(image)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise BadImageError(path, "no such file", "check its name") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; name image files") from None
+        raise BadImageError(path, "is a folder", "name image files") from None
+    except PermissionError:
+        raise BadImageError(path, "may not be read", "change its permissions") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image; replace it, or remove it") from None
+        raise BadImageError(path, *_what_it_is(path)) from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: more than 178 megapixels; make it smaller") from None
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{path}: cannot be read ({error}); replace it, or remove it") from None
+        raise BadImageError(path, "more than 178 megapixels", "make it smaller") from None
+    except DAMAGED as error:
+        raise BadImageError(path, f"cannot be read ({error})") from None
+    found = [str(warning.message) for warning in caught]
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if tags.get(SAMPLES, 1) > len(image.getbands()):
+        found.append(f"only {len(image.getbands())} of its {tags[SAMPLES]} bands are used")
+    if remarks is not None:
+        remarks += [f"{path}: {text}" for text in found]
+    try:
+        image = to_rgb(image, tags)
+    except ValueError as error:
+        raise BadImageError(path, str(error), "convert it to 8 bits") from None
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _what_it_is(path) -> tuple[str, str]:
+    """The reason why Pillow does not know a file, and what to do."""
+    with Path(path).open("rb") as file:
+        start = file.read(12)
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF of bands or bits that Pillow does not read", "save it as 8-bit RGB"
+    if start[4:11] in (b"ftyphei", b"ftypmif"):
+        return "a HEIC image", "save it as JPEG or PNG"
+    return "not an image", "replace it, or remove it"
+
+
+def to_rgb(image: Image.Image, tags=()) -> Image.Image:
     """An image of any mode as RGB: 16 bits become 8, transparent pixels are laid over white.
 
+    `tags` are those of a TIFF.
+
     Raises:
-        ValueError: its values are floating-point numbers, whose range is unknown.
+        ValueError: the range of its values is unknown.
     """
-    if image.mode == "F":
-        raise ValueError("its values are floating-point numbers")
-    if image.mode.startswith("I"):  # up to 65,535
-        values = np.asarray(image).astype(np.float32) / 257  # 65,535 / 255
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    tags = dict(tags)
+    kinds = tags.get(SAMPLE_FORMAT, ())
+    if image.mode == "F" or 3 in kinds:
+        raise ValueError("its values are floating-point numbers, whose range is unknown")
+    # In files of these formats "I" is unsigned and scaled to 16 bits.
+    wide = image.mode[:4] == "I;16" or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if 2 in kinds or (image.mode[:1] == "I" and not wide):
+        raise ValueError("its values are signed or 32-bit integers, whose range is unknown")
+    largest = {}
+    if wide:
+        values = np.asarray(image)
+        largest = {"largest": int(values.max())}
+        values = (values.astype(np.float32) / 257).round().clip(0, 255)  # 65,535 / 255
+        values = 255 - values if tags.get(PHOTOMETRIC) == 0 else values  # 0 is white
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image.info = largest
+    return image

@@ -4,20 +4,26 @@ import argparse
 import dataclasses
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import nn
-from tqdm import tqdm
 
 from batches import Batches, batch_size_without_training, predict
 from checkpoint import load_model, make_metadata
-from cli import UserError, as_flags, choose_amp, choose_device, make_out_dir, quoted
+from cli import (
+    UserError,
+    as_flags,
+    choose_amp,
+    expand_patterns,
+    make_out_dir,
+    printable,
+    quoted,
+    refuse_inside,
+    use_device,
+)
 from data import Data, Split, load_data
-from folders import read_image
 from models import build_model, count_parameters, model_arguments
 
 # ---------------------------------------------------------------- before training
@@ -39,13 +45,14 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         UserError: no such device, no data, a network that cannot be built, an --out-dir that cannot
             be written, or other images than those of the run to resume.
     """
-    device = choose_device(flags.device)
+    device = use_device(flags)
     amp_dtype = choose_amp(flags.amp, device)
-    if flags.dataset == "folder" and flags.out_dir.resolve() == flags.data_dir.resolve():
-        raise UserError(f"--out-dir {flags.out_dir} is the folder of images: choose another")
     if flags.dataset != "folder" and flags.image_size != 32:
-        raise UserError("--image-size is for --dataset folder alone: omit it")
+        raise UserError(f"--image-size {flags.image_size} is for --dataset folder alone: omit it")
+    refuse_inside(flags.out_dir, flags.data_dir if flags.dataset == "folder" else None)
     make_out_dir(flags.out_dir)
+    config = model_arguments(model_name, vars(flags) | {"classes": 2})
+    _build(model_name, config)  # wrong flags are refused before images are read
     torch.manual_seed(flags.seed)
     data = load_data(
         flags.dataset,
@@ -58,22 +65,27 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
             f"--batch-size {flags.batch_size} is more than the {len(data.train)} training "
             "images: use a smaller one"
         )
-    config = model_arguments(model_name, vars(flags) | {"classes": len(data.classes)})
+    config["classes"] = len(data.classes)
     model = _build(model_name, config).to(device, memory_format=torch.channels_last)
     if flags.compile:
         model.compile()
     metadata = describe_run(data, flags, model_name, config)
     if checkpoint is not None:
         refuse_other_images(metadata, checkpoint)
+    notes = [data.note] if data.note else []
+    if flags.init is not None and checkpoint is None:
+        notes.append(load_weights(model, flags.init, model_name, config, data.classes))
     train_batches, val_batches = make_batches(data, flags, device)
     choices = {key: config[key] for key in config if key not in ("classes", "image_size")}
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     print(
-        f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, "
+        f"{data.name}: {len(data.classes)} classes ({quoted(data.classes)}); "
+        f"{len(data.train):,} training, {len(data.val):,} validation, "
         f"{len(data.test):,} test images; {model_name} of {count_parameters(model):,} parameters; "
-        f"{flags.epochs} epochs, batch {flags.batch_size}, on {device.type}, "
+        f"{flags.epochs} epochs, batch {flags.batch_size}, on {device.type}{threads}, "
         f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
         + (f"; {as_flags(choices | {'flip': flags.flip})}" if data.name == "digits" else "")
-        + (f"; {data.note}" if data.note else "")
+        + "".join(f"; {printable(note)}" for note in notes)
     )
     return model, train_batches, val_batches, metadata
 
@@ -95,6 +107,28 @@ def _build(model_name: str, config: dict) -> nn.Module:
         raise UserError(message) from None
 
 
+def load_weights(network: nn.Module, path: Path, name: str, config: dict, classes: list) -> str:
+    """Give `network` the weights of a checkpoint, and return what to print of that.
+
+    If the checkpoint has other classes, the parameters whose shape depends on them stay new.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    try:
+        source, checkpoint = load_model(path)
+    except UserError as error:
+        raise UserError(f"--init {error}") from None
+    weights, note = source.state_dict(), f"starting from the weights of {path}"
+    if checkpoint["classes"] != classes:
+        more = build_model(name, config | {"classes": len(classes) + 1}).state_dict()
+        own = network.state_dict()
+        weights |= {key: own[key] for key in own if own[key].shape != more[key].shape}
+        note += ", with a new head for other classes"
+    network.load_state_dict(weights)
+    return note
+
+
 def make_batches(data: Data, flags, device) -> tuple[Batches, Batches | None]:
     """Augmented batches for training and, if there is a validation split, unchanged ones for it."""
     common = {"mean": data.mean, "std": data.std, "device": device}
@@ -113,8 +147,8 @@ def describe_run(data: Data, flags, model_name: str, model_config: dict) -> dict
         "data_dir": flags.data_dir,
         "image_size": flags.image_size,
         "val_fraction": flags.val_fraction,
-        "sizes": [len(data.train), len(data.val), len(data.test)],
-        "files": data.files_hash,
+        "sizes": data.sizes,
+        "content": data.content,
     }
     return make_metadata(
         model_name, model_config, classes=data.classes, mean=data.mean, std=data.std,
@@ -130,12 +164,17 @@ def same_kind_of_images(one: dict, other: dict, tolerance: float) -> bool:
     return same and np.allclose(*statistics, rtol=0, atol=tolerance)
 
 
+def other_files(trained_on: dict, sizes: list[int], content: str) -> bool:
+    """Whether the images have changed. (Checkpoints before December 2026 have no `content`.)"""
+    return sizes != trained_on["sizes"] or content != trained_on.get("content", content)
+
+
 def refuse_other_images(metadata: dict, checkpoint: dict) -> None:
     """Raise UserError if the images are not those that the run to resume was trained on."""
     new, old = metadata["dataset"], checkpoint["dataset"]
-    changed = new["sizes"] != old["sizes"]
-    changed |= old.get("files") is not None and new["files"] != old["files"]  # older runs: None
-    if changed or not same_kind_of_images(metadata, checkpoint, 1e-4):
+    if other_files(old, new["sizes"], new["content"]) or not same_kind_of_images(
+        metadata, checkpoint, 1e-4
+    ):
         raise UserError(
             "--resume: the images in --data-dir are not those of the run, which had "
             f"{sum(old['sizes'])} of {len(checkpoint['classes'])} classes; now there are "
@@ -212,7 +251,7 @@ class TrainedModel:
 
 def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
     """The networks of all checkpoints; a path that is repeated counts once."""
-    paths = list(dict.fromkeys(paths))
+    paths = list(dict.fromkeys(expand_patterns(paths)))
     files = [Path(path) for path in paths]
     names = [file.parent.name if file.stem in ("best", "last") else file.stem for file in files]
     if "" in names or len(set(names)) < len(names):
@@ -220,7 +259,7 @@ def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
     models = []
     for name, path in zip(names, paths, strict=True):
         network, checkpoint = load_model(path, device)
-        models.append(TrainedModel(name, path, network, checkpoint))
+        models.append(TrainedModel(printable(name), path, network, checkpoint))
     return models
 
 
@@ -235,7 +274,7 @@ def load_data_for(
         UserError: the models were trained on different data, or have other classes than it.
     """
     keys = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
-    _refuse_different(models, [*keys, "image_size"] + ["val_fraction"] * (split == "val"), keys)
+    refuse_different(models, [*keys, "image_size"] + ["val_fraction"] * (split == "val"), keys)
     trained_on = models[0].checkpoint["dataset"]
     if not (name or trained_on["name"]):
         raise UserError(f"{models[0].name} does not know its data: name them (--dataset)")
@@ -252,20 +291,15 @@ def load_data_for(
         data_dir or trained_on["data_dir"],
         image_size=trained_on["image_size"],
         val_fraction=trained_on["val_fraction"] if own or split == "val" else 0,
-        test_alone=split == "test",
+        classes=models[0].checkpoint["classes"],
     )
     if data.test.images.shape[-1] != trained_on["image_size"]:
         size = trained_on["image_size"]
         raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
-    # A test split drawn from one folder, and a validation split, change when files change.
-    drawn = data.name == "folder" and (split == "val" or not any(root.glob("test/*/")))
     for model in models:
         _refuse_other_classes(model, data)
-        if (
-            own
-            and drawn
-            and model.checkpoint["dataset"].get("files", data.files_hash) != data.files_hash
-        ):
+        changed = other_files(model.checkpoint["dataset"], data.sizes, data.content)
+        if own and split in data.drawn and changed:
             raise UserError(
                 f"files were added, removed or changed since {model.name} was trained, so the "
                 f"{split} split has changed: train again, or make train/ and test/"
@@ -273,7 +307,19 @@ def load_data_for(
     return data
 
 
-def _refuse_different(models: list[TrainedModel], keys: list[str], flags: list[str]) -> None:
+def make_results_dir(
+    folder: Path, models: list[TrainedModel], name: str | None, data_dir: Path | None
+) -> None:
+    """`make_out_dir`, not in a folder of images: that of the flags, or those of the models."""
+    for model in models:
+        trained_on = model.checkpoint["dataset"]
+        images = data_dir or trained_on["data_dir"]
+        is_folder = images and (name or trained_on["name"]) == "folder"
+        refuse_inside(folder, Path(images) if is_folder else None)
+    make_out_dir(folder)
+
+
+def refuse_different(models: list[TrainedModel], keys: list[str], flags: list[str]) -> None:
     """Raise UserError if the models' data sets differ in a key; `flags` are keys with a flag."""
     for key in keys:
         values = {model.name: model.checkpoint["dataset"][key] for model in models}
@@ -292,89 +338,3 @@ def _refuse_other_classes(model: TrainedModel, data: Data) -> None:
             f"the checkpoint has {quoted(known - present)}; only the data set has "
             f"{quoted(present - known)}: choose its own data (--dataset, --data-dir)"
         )
-
-
-# ---------------------------------------------------------------- images to explain
-
-
-@dataclasses.dataclass
-class Examples:
-    """B images to explain."""
-
-    split: Split  # what the networks see: uint8 (B, 3, H, W), label -1 if unknown
-    test_rows: torch.Tensor  # (B,) positions in the test split, or -1
-    classes: list[str]  # of the labels
-    pictures: list[np.ndarray]  # to draw, uint8; fewer than B where there are very many
-    names: list[str]  # above a picture
-    descriptions: list[str]  # in the terminal
-    files: list[Path] = dataclasses.field(default_factory=list)  # of photographs
-
-
-def choose_test_images(models: list[TrainedModel], data: Data, show: str, count: int) -> Examples:
-    """Up to `count` test images, in a fixed random order, of the kind `show`.
-
-    "any"; "correct": all the models are right; "wrong": at least one of them is wrong.
-
-    Raises:
-        UserError: there is no such image.
-    """
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-    chosen = order if show == "any" else order[:0]  # "any" needs no search
-    for part in tqdm(order.split(256), f"finding {show} images", leave=False, disable=None):
-        if len(chosen) >= count:
-            break
-        split = data.test.subset(part)
-        right = torch.ones(len(part), dtype=torch.bool)
-        for model in models:
-            right &= model.logits(split, data.classes).argmax(1) == split.labels[split.indices]
-        chosen = torch.cat([chosen, part[right if show == "correct" else ~right]])
-    chosen = chosen[:count]
-    if not len(chosen):
-        raise UserError(f"--show {show}: there is no such image in the test split")
-    images, labels = data.test.rows(chosen)
-    names = [data.classes[label] for label in labels]
-    return Examples(
-        split=Split.of(images, labels),
-        test_rows=chosen,
-        classes=data.classes,
-        pictures=list(images.permute(0, 2, 3, 1).numpy()),
-        names=[f"true: {name}" for name in names],
-        descriptions=[f"test image {i} ({n})" for i, n in zip(chosen, names, strict=True)],
-    )
-
-
-def read_photographs(paths: list[Path], models: list[TrainedModel], most_pictures: int) -> Examples:
-    """The files that can be read; the others are reported on stderr.
-
-    Raises:
-        UserError: the models differ in classes or image size.
-        SystemExit: no file can be read.
-    """
-    first = models[0].checkpoint
-    for other in models[1:]:
-        if set(other.checkpoint["classes"]) != set(first["classes"]):
-            raise UserError("the checkpoints have different classes: explain them one at a time")
-    _refuse_different(models, ["image_size"], [])
-    size, files, pictures, small = first["dataset"]["image_size"], [], [], []
-    for path in dict.fromkeys(paths):
-        try:
-            photo = read_image(path)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        if len(pictures) < most_pictures:
-            pictures.append(middle_square(photo, 512))
-        small.append(np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC)))
-        files.append(path)
-    if not files:
-        sys.exit(2)
-    images, unknown = torch.from_numpy(np.stack(small)), torch.full((len(files),), -1)
-    names = [file.name for file in files]
-    split = Split.of(images.permute(0, 3, 1, 2), unknown)
-    return Examples(split, unknown, first["classes"], pictures, names, names, files)
-
-
-def middle_square(photo: Image.Image, side: int) -> np.ndarray:
-    """The middle of a photograph, scaled down to uint8 (side, side, 3), never up."""
-    side = min(*photo.size, side)
-    return np.asarray(ImageOps.fit(photo, (side, side), Image.Resampling.BICUBIC))

@@ -5,15 +5,15 @@ changes, 4. the script's recipe. With --resume the values come from the checkpoi
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from checkpoint import load_checkpoint
 from cli import (
+    NothingToDo,
     Parser,
     UserError,
     add_data_flags,
-    add_device_flag,
+    add_device_flags,
     as_flags,
     integer,
     non_negative,
@@ -23,7 +23,7 @@ from cli import (
 )
 
 # Flags that may differ when a training is resumed: how and where it runs.
-CHANGEABLE = {"device", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
+CHANGEABLE = {"device", "threads", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
 
 NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
     "images and splits": (
@@ -86,9 +86,10 @@ def training_parser(manual: str, recipe: dict, best: dict, digits: dict) -> Pars
 def _add_run_flags(group) -> None:
     add, amp = group.add_argument, ("auto", "off", "bf16", "fp16")
     add("--recipe", choices=("fast", "best"), default="fast", help="best: longer, meant for a GPU")
-    add_device_flag(group)
+    add_device_flags(group)
     add("--amp", choices=amp, default="auto", help="mixed precision; auto: with CUDA only")
     add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--init", type=path_type, metavar="FILE", help="start from the weights of a checkpoint")
     add("--out-dir", type=path_type, metavar="DIR", help="default: runs/<dataset>-<model>")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="resume the run in --out-dir")
@@ -124,21 +125,32 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
                 f"{out_dir} holds a run already: resume it (--resume), replace it (--overwrite), "
                 "or choose another --out-dir"
             )
+        if values["init"] is not None:
+            values |= network_of(values["init"], model_name, typed, defaults)
         return argparse.Namespace(**values), None
     checkpoint = load_run(out_dir, model_name)
-    refuse_conflicts(typed, checkpoint["settings"], defaults, out_dir)
-    if checkpoint["epoch"] >= checkpoint["settings"]["epochs"]:
-        print(
-            f"{out_dir} is finished: {checkpoint['epoch']} of {checkpoint['epoch']} epochs are done"
+    saved = defaults | checkpoint["settings"]  # an older run may lack a flag
+    fixed = {key: value for key, value in typed.items() if key not in CHANGEABLE}
+    advice = "omit it, or start again in another --out-dir"
+    if "epochs" in fixed:
+        advice = (
+            "its learning rate ends at 0 there. Train on from its weights: --init "
+            f"{out_dir / 'best.pt'} and another --out-dir"
         )
-        sys.exit(0)
+    refuse_conflicts(fixed, saved, f"the run in {out_dir}", advice)
+    if checkpoint["epoch"] >= checkpoint["settings"]["epochs"]:
+        raise NothingToDo(
+            f"{out_dir} is finished: {checkpoint['epoch']} of {checkpoint['epoch']} epochs are "
+            f"done. To train on from its weights: --init {out_dir / 'best.pt'} and another "
+            "--out-dir"
+        )
     best = out_dir / "best.pt"
     if not best.is_file():
         raise UserError(f"--resume: {best} is missing: put it back, or start again (--overwrite)")
     changed = {key: typed[key] for key in CHANGEABLE & set(typed)}
     values |= checkpoint["settings"] | {"compile": False} | changed
     values |= {"out_dir": out_dir, "resume": True}
-    for key in ("data_dir", "teacher"):  # strings in a checkpoint
+    for key in ("data_dir", "teacher", "init"):  # strings in a checkpoint
         if values.get(key) is not None:
             values[key] = Path(values[key])
     return argparse.Namespace(**values), checkpoint
@@ -171,13 +183,33 @@ def load_run(out_dir: Path, model_name: str) -> dict:
     return checkpoint
 
 
-def refuse_conflicts(typed: dict, saved: dict, defaults: dict, out_dir: Path) -> None:
-    """Raise UserError if a typed flag differs from that of the run to resume."""
-    for key in sorted(set(typed) - CHANGEABLE):
-        in_run = saved.get(key, defaults[key])  # an older run may not have the flag
-        value = str(typed[key]) if isinstance(typed[key], Path) else typed[key]
-        if value != in_run:
+def network_of(path: Path, model_name: str, typed: dict, defaults: dict) -> dict:
+    """The flags of the network of a checkpoint to start from.
+
+    Raises:
+        UserError: it cannot be read, is another network, or a typed flag differs.
+    """
+    try:
+        checkpoint = load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"--init {error}") from None
+    if checkpoint["model_name"] != model_name:
+        raise UserError(
+            f"--init {path} is a {checkpoint['model_name']}: use "
+            f"train_{checkpoint['model_name']}.py, or another checkpoint"
+        )
+    saved = {key: value for key, value in checkpoint["model_config"].items() if key in defaults}
+    saved["image_size"] = checkpoint["dataset"]["image_size"]
+    refuse_conflicts(typed, saved, f"--init {path}", "omit it")
+    return saved
+
+
+def refuse_conflicts(typed: dict, saved: dict, what: str, advice: str) -> None:
+    """Raise UserError if a typed flag differs from that in `saved`, the flags of `what`."""
+    for key in sorted(set(typed) & set(saved)):
+        value = typed[key].as_posix() if isinstance(typed[key], Path) else typed[key]
+        if value != saved[key]:
             raise UserError(
-                f"--{key.replace('_', '-')} {value} conflicts with the run in {out_dir}, which has "
-                f"{in_run}: omit it, or start again in another --out-dir"
+                f"--{key.replace('_', '-')} {value} conflicts with {what}, which has "
+                f"{saved[key]}: {advice}"
             )

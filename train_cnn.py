@@ -73,7 +73,8 @@ def main(argv=None):
     flags, checkpoint = parse_flags(parser, argv, "cnn", BEST, DIGITS)
 
     model, train_batches, val_batches, metadata = prepare(flags, "cnn", checkpoint)
-    whiten(model, next(iter(train_batches))[0])
+    if flags.init is None:
+        whiten(model, next(iter(train_batches))[0])
     optimizer = make_optimizer(model, flags)
     settings = TrainingSettings.from_flags(flags)
     last = train(model, optimizer, train_batches, val_batches, settings, metadata, checkpoint)

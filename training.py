@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import check_finite, check_metadata, restore, save_epoch, training_state
-from cli import choose_amp
+from cli import choose_amp, printable, writing
 from models import unwrap
 
 
@@ -273,9 +273,11 @@ def open_logs(settings, step: int, flags: dict):
     if settings.overwrite and step == 0:
         replaced = [file for folder in folders for file in folder.glob("events.out.tfevents.*")]
     purge_step = None if replaced else step + 1
-    log_train, log_val = (SummaryWriter(folder, purge_step=purge_step) for folder in folders)
-    table = ["|setting|value|", "|---|---|", *(f"|{k}|{v}|" for k, v in flags.items())]
-    log_train.add_text("settings", "\n".join(table), step)
+    with writing(settings.out_dir):
+        log_train, log_val = (SummaryWriter(folder, purge_step=purge_step) for folder in folders)
+    # In Markdown, values are code: a name such as _draft_ is shown as it is.
+    table = [f"|{key}|`{printable(value)}`|" for key, value in flags.items()]
+    log_train.add_text("settings", "\n".join(["|setting|value|", "|---|---|", *table]), step)
     print(TABLE_HEAD, flush=True)
     return log_train, log_val, replaced
 
@@ -283,15 +285,16 @@ def open_logs(settings, step: int, flags: dict):
 def log_row(row: dict, log_train, log_val) -> None:
     """Print a row of the history, and add its points to TensorBoard, at the row's step."""
     print(table_row(row), flush=True)
-    for tag in ("loss", "accuracy"):
-        log_train.add_scalar(tag, row[f"train_{tag}"], row["step"])
-        if row[f"val_{tag}"] is not None:
-            log_val.add_scalar(tag, row[f"val_{tag}"], row["step"])
-    log_train.add_scalar("learning rate", row["lr"], row["step"])
-    log_train.add_scalar("gradient norm", row["grad_norm"], row["step"])
-    log_train.add_scalar("images per second", row["images_per_second"], row["step"])
-    log_train.flush()
-    log_val.flush()
+    with writing(log_train.log_dir):
+        for tag in ("loss", "accuracy"):
+            log_train.add_scalar(tag, row[f"train_{tag}"], row["step"])
+            if row[f"val_{tag}"] is not None:
+                log_val.add_scalar(tag, row[f"val_{tag}"], row["step"])
+        log_train.add_scalar("learning rate", row["lr"], row["step"])
+        log_train.add_scalar("gradient norm", row["grad_norm"], row["step"])
+        log_train.add_scalar("images per second", row["images_per_second"], row["step"])
+        log_train.flush()
+        log_val.flush()
 
 
 def remove_files(files: list[Path]) -> None:

@@ -122,7 +122,7 @@ def test_flags(tmp_path, trained, fails):
     root = tmp_path / "photos"
     folder_of(root, "cat", "dog", count=10)
     argv = ["--dataset", "folder", "--data-dir", root, "--out-dir", root]
-    assert "is the folder of images" in fails(train_cnn.main, *argv, *TINY_CNN)
+    assert "is in the folder of images" in fails(train_cnn.main, *argv, *TINY_CNN)
     (tmp_path / "best.pt").write_bytes(trained["cnn"].read_bytes())
     for flags in (["--resume"], []):
         line = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path, *flags)
@@ -143,7 +143,7 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_a_damaged_cache_is_named(tmp_path):
     folder_of(tmp_path, "cat", "dog", count=10)
     load_data("folder", tmp_path)
-    (cache,) = tmp_path.glob(".cache*")
+    (cache,) = tmp_path.glob(".cache*.npy")
     for content in (b"", cache.read_bytes()[:-1]):
         cache.write_bytes(content)
         with pytest.raises(UserError, match=f"{cache}: damaged; remove it"):

@@ -131,7 +131,7 @@ def test_a_failed_save_leaves_the_old_file(trained, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=f"{path}: cannot be written .No space left on device"):
         checkpoint.save_checkpoint(path, state)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -167,9 +167,7 @@ def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
     models = load_models([str(trained["cnn"]), str(other)], "cpu")
     with pytest.raises(UserError, match="differ in their data set"):
         load_data_for(models, None, None)
-    with pytest.raises(
-        UserError, match=r"10 classes, the data set 2; .* only the data set has 'bright', 'dark'"
-    ):
+    with pytest.raises(UserError, match="10 classes do not have 'bright', 'dark'"):
         load_data_for(models, "folder", photos)
 
 

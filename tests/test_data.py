@@ -262,7 +262,8 @@ def test_folder_is_decoded_cropped_and_counted(photos):
     folder = load_data("folder", photos)
     assert folder.classes == ["bright", "dark"]
     assert [len(s) for s in (folder.train, folder.val, folder.test)] == [21, 3, 8]
-    assert folder.note == "skipped files: 1 (not .jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp)"
+    kinds = ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp"
+    assert folder.note == f"skipped files that are not {kinds}: 1"
     with Image.open(photos / "test" / "dark" / "02.png") as image:  # 48 × 40
         expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=(4, 0, 44, 40))
     images, labels = folder.test.rows(slice(None))
@@ -366,7 +367,7 @@ palette.putpalette([0, 0, 0, 10, 20, 30])
         (palette, "png", {}, (10, 20, 30)),
         (palette, "png", {"transparency": 1}, (255, 255, 255)),
         (solid("I;16", 257 * 99), "png", {}, (99, 99, 99)),
-        (solid("I", 257 * 99), "tif", {}, (99, 99, 99)),
+        (solid("I;16", 257 * 99), "tif", {}, (99, 99, 99)),
         (solid("CMYK", (0, 255, 255, 0)), "tif", {}, (255, 0, 0)),
         (solid("RGB", (1, 2, 3)), "webp", {"lossless": True}, (1, 2, 3)),
         (solid("RGB", (9, 9, 9)), "png", {"save_all": True, "append_images": [solid("RGB", 0)]},

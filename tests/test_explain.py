@@ -8,8 +8,9 @@ import explain
 import figures
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import Split
+from explain import Examples, read_photographs
 from models import CNN, ViT
-from prepare import Examples, load_models, read_photographs
+from prepare import load_models
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_photographs_are_cut_to_their_middle(trained, tmp_path):
     photo.save(tmp_path / "wide.png")
     photo.rotate(90, expand=True).save(tmp_path / "tall.png")
     models = load_models([str(trained["cnn"])], "cpu")
-    found = read_photographs([tmp_path / "wide.png", tmp_path / "tall.png"], models, 32)
+    found = read_photographs([tmp_path / "wide.png", tmp_path / "tall.png"], models)
     pictures, images = found.pictures, found.split.images
     assert [p.shape for p in pictures] == [(40, 40, 3)] * 2 and images.shape == (2, 3, 32, 32)
     for i in range(2):

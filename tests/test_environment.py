@@ -1,0 +1,344 @@
+"""Notebooks, pipes, full disks, odd names, shared machines: the work goes on, or says why not."""
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_CNN
+from PIL import Image
+
+import checkpoint
+import cli
+import evaluate
+import explain
+import folders
+import train_cnn
+import train_vit
+from data import load_data
+
+DIGITS = ["--dataset", "digits", "--epochs", "1", "--limit-batches", "2", "--device", "cpu"]
+
+
+def train(out_dir, *flags):
+    train_cnn.main([*DIGITS, *TINY_CNN, "--out-dir", str(out_dir), *map(str, flags)])
+
+
+# ---------------------------------------------------------------- standard output
+
+
+class Closed(io.TextIOBase):
+    """A pipe whose reader is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    flush = write
+
+
+class Notebook(io.TextIOBase):
+    """Like ipykernel's stream: no `reconfigure`, no file descriptor."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+STREAMS = {
+    "closed pipe": Closed,
+    "closed file": lambda: (lambda f: (f.close(), f)[1])(io.StringIO()),
+    "full disk": lambda: Path("/dev/full").open("w"),  # noqa: SIM115
+    "none": lambda: None,
+    "ASCII": lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
+    "notebook": Notebook,
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_any_standard_output_will_do(kind, tmp_path, monkeypatch):
+    """Work goes on to its end, whatever happens to what it prints."""
+    streams = [STREAMS[kind](), STREAMS[kind]()]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        train(tmp_path / "größer", "--overwrite")
+        if kind == "notebook":
+            assert "best validation accuracy" in streams[0].text
+        if kind == "ASCII":
+            streams[0].flush()
+            assert b"gr\\xf6\\xdfer" in streams[0].buffer.getvalue()
+    assert checkpoint.load_checkpoint(tmp_path / "größer" / "last.pt")["epoch"] == 1
+
+
+def test_head_may_close_the_pipe(tmp_path):
+    """In a process of its own, with a notebook's backend: it ends silently, with status 0."""
+    code = f"""if True:
+        import cli, figures
+        @cli.command
+        def main(argv=None):
+            print("a line")
+            figures.Figure().savefig("{tmp_path}/x.png")
+        cli.run(main)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"},
+    )  # fmt: skip
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 0)
+    assert (tmp_path / "x.png").exists()
+
+
+def test_a_thread_may_run_a_script(tmp_path):
+    """`run` handles no signals there."""
+    thread = threading.Thread(target=cli.run, args=(lambda: train(tmp_path / "run"),))
+    thread.start()
+    thread.join(60)
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_script_leaves_the_process_as_it_was(tmp_path):
+    threads, hook, out = torch.get_num_threads(), threading.excepthook, sys.stdout
+    train(tmp_path, "--threads", threads + 1)
+    assert (torch.get_num_threads(), threading.excepthook, sys.stdout) == (threads, hook, out)
+
+
+# ---------------------------------------------------------------- names
+
+
+LATIN = os.fsdecode(b"caf\xe9")  # a Latin-1 name on a system of UTF-8
+NAMES = {"odd": f"_a|b `$x$` <b>*_c_*\n[1]* {LATIN}", "long": "n" * 240}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_any_name_reaches_all_that_is_written(kind, trained, tmp_path, capsys):
+    """The name of a run and of a photograph: figures, reports, JSON, TensorBoard, maps."""
+    name, out_dir = NAMES[kind], tmp_path / "out"
+    run, photo = tmp_path / name, tmp_path / f"{name}.png"
+    run.mkdir()
+    shutil.copy(trained["vit"], run / "best.pt")
+    shutil.copy(ROOT / "pictures" / "chelsea.png", photo)
+    path = str(run / "best.pt")
+    evaluate.main([path, "--out-dir", str(out_dir)])
+    explain.main([path, "--images", str(photo), "--save-maps", "--out-dir", str(out_dir)])
+    assert list(json.loads((out_dir / "metrics.json").read_text())) == [path]
+    maps = np.load(next(out_dir.glob("*.npz")))
+    assert f"{cli.printable(name)}_grad-cam_predicted" in maps
+    assert len(list(out_dir.glob("*.png"))) == 4 + 3 + 3  # evaluate's, explain's, overlays
+    out, err = capsys.readouterr()
+    assert err == "" and cli.printable(name) in out
+    assert cli.printable(name) in (out_dir / "classification_report.txt").read_text()
+
+
+def test_an_undecodable_out_dir_is_refused(tmp_path, fails):
+    """TensorBoard cannot write there."""
+    line = fails(train_cnn.main, *DIGITS, *TINY_CNN, "--out-dir", tmp_path / LATIN)
+    assert "caf\\udce9: TensorBoard needs a name in UTF-8" in line
+
+
+def test_tilde_and_patterns_need_no_shell(trained, tmp_path, monkeypatch):
+    """No shell expands `--out-dir=~/x`, nor anything in a notebook."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train_cnn.main([*DIGITS, *TINY_CNN, "--out-dir=~/runs/a"])
+    shutil.copytree(trained["vit"].parent, tmp_path / "runs" / "b")
+    evaluate.main(["~/runs/*/best.pt", "--out-dir", "~/out"])
+    assert len(json.loads((tmp_path / "out" / "metrics.json").read_text())) == 2
+    for i in (1, 2):
+        Image.new("RGB", (9, 9), "red").save(tmp_path / f"{i}.png")
+    explain.main(["~/runs/a/best.pt", "--images", "?.png", "--out-dir", "maps"])
+    assert len(list(tmp_path.glob("maps/[12]_*.png"))) == 2
+    assert not (tmp_path / "~").exists()
+
+
+# ---------------------------------------------------------------- disks
+
+
+def no_space(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "figure", "report", "maps", "cache", "curves"])
+def test_a_full_disk_is_named_with_the_file(where, trained, photos, tmp_path, fails, monkeypatch):
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    folder = ["--dataset", "folder", "--data-dir", photos, "--batch-size", 8]
+    script, argv, named = {
+        "checkpoint": (train_cnn, [*DIGITS, *TINY_CNN], "best.pt"),
+        "figure": (explain, [trained["cnn"]], "_explanations-any.png"),
+        "report": (evaluate, [trained["cnn"]], "metrics.json"),
+        "maps": (explain, [trained["cnn"], "--save-maps"], "_maps-any.npz"),
+        "cache": (train_cnn, [*folder, *TINY_CNN], "/.cache-32-"),
+        "curves": (train_cnn, [*DIGITS, *TINY_CNN], "/train"),
+    }[where]
+    if where in ("checkpoint", "cache"):
+        monkeypatch.setattr(os, "fsync", no_space)
+    elif where == "figure":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", no_space)
+    elif where == "report":
+        monkeypatch.setattr(Path, "write_text", no_space)
+    elif where == "maps":
+        monkeypatch.setattr(np, "savez", no_space)
+    else:
+        flushed = []  # the writers flush once when they are made
+        monkeypatch.setattr(
+            "tensorboard.compat.tensorflow_stub.io.gfile.GFile.flush",
+            lambda file: flushed.append(file) or (len(flushed) > 2 and no_space()),
+        )
+    line = fails(script.main, *argv, "--out-dir", tmp_path / "out")
+    assert named in line and "(No space left on device): free some space" in line
+
+
+def test_a_read_only_folder_is_decoded_elsewhere(photos, tmp_path, capsys, monkeypatch):
+    """As on Kaggle. (Permissions do not stop the superuser, so opening a file is made to fail.)"""
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home" / "torch"))
+    real = Path.open
+
+    def read_only(path, mode="r", *args, **kwargs):
+        if "w" in mode and path.is_relative_to(photos):
+            raise OSError(30, "Read-only file system", str(path))
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    first = load_data("folder", photos)
+    monkeypatch.setattr(folders, "read_image", None)  # the second time nothing is decoded
+    again = load_data("folder", photos)
+    assert torch.equal(first.test.images, again.test.images)
+    assert f"decoded images are kept in {tmp_path / 'home' / 'torch' / 'images'}" in again.note
+    assert not list(photos.glob(".cache*"))
+
+
+def test_a_cifar10_archive_that_cannot_be_reached_is_one_line(tmp_path, fails):
+    (tmp_path / "batches.meta").touch()
+    line = fails(train_cnn.main, "--data-dir", tmp_path, "--out-dir", tmp_path / "out")
+    assert f"CIFAR-10 is in it: use --data-dir {tmp_path.parent}" in line
+
+
+# ---------------------------------------------------------------- two programs
+
+
+def hold(folder, ready, release):
+    with cli.locked(folder):
+        ready.set()
+        release.wait(60)
+
+
+def test_two_programs_do_not_write_into_one_folder(trained, tmp_path, fails):
+    """Training, resuming, evaluating, explaining; a program that is killed blocks nothing."""
+    run = shutil.copytree(trained["cnn"].parent, tmp_path / "run")
+    state = checkpoint.load_checkpoint(run / "last.pt")
+    state["settings"]["epochs"] += 1
+    checkpoint.save_checkpoint(run / "last.pt", state)
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(run, ready, release))
+    other.start()
+    assert ready.wait(60)
+    for script, argv in (
+        (train_cnn, ["--resume"]),
+        (train_cnn, [*DIGITS, *TINY_CNN, "--overwrite"]),
+        (evaluate, [trained["cnn"]]),
+        (explain, [trained["cnn"]]),
+    ):
+        line = fails(script.main, *argv, "--out-dir", run)
+        assert f"{run}: another program is writing there" in line
+    other.kill()
+    other.join()
+    train_cnn.main(["--resume", "--out-dir", str(run)])
+    assert checkpoint.load_checkpoint(run / "last.pt")["epoch"] == 3
+
+
+def test_a_refused_training_can_be_repeated(tmp_path, fails):
+    """Its lock ends with it, also in the same process."""
+    fails(train_cnn.main, *DIGITS, *TINY_CNN, "--batch-size", 5000, "--out-dir", tmp_path)
+    train(tmp_path)
+
+
+def test_threads_are_said_in_the_first_line(tmp_path, capsys):
+    train(tmp_path, "--threads", 1)
+    assert "on cpu (1 threads)" in capsys.readouterr().out.splitlines()[0]
+
+
+# ---------------------------------------------------------------- start from weights
+
+
+def test_a_training_starts_from_weights(tmp_path, photos, capsys, monkeypatch):
+    """The same classes: all weights. Others: a new head. Both: the data's own mean, unwhitened."""
+    train(tmp_path / "first")
+    path = tmp_path / "first" / "best.pt"
+    before, source = checkpoint.load_model(path)
+    starts = []
+    real = train_cnn.train
+
+    def spy(model, *args):
+        starts.append({k: v.clone() for k, v in model.state_dict().items()})
+        return real(model, *args)
+
+    monkeypatch.setattr(train_cnn, "train", spy)
+    train_cnn.main([*DIGITS, "--init", str(path), "--out-dir", str(tmp_path / "second")])
+    folder = ["--dataset", "folder", "--data-dir", str(photos), "--batch-size", "8"]
+    argv = [*folder, "--epochs", "1", "--device", "cpu", "--init", str(path)]
+    capsys.readouterr()
+    train_cnn.main([*argv, "--out-dir", str(tmp_path / "third")])
+    assert "with a new head for other classes" in capsys.readouterr().out.splitlines()[0]
+    same, other = starts
+    assert all(torch.equal(same[k], v) for k, v in before.state_dict().items())
+    differ = {k for k, v in before.state_dict().items() if not torch.equal(other[k], v)}
+    assert differ == {"head.weight", "head.bias"}
+    third = checkpoint.load_checkpoint(tmp_path / "third" / "best.pt")
+    assert third["mean"] == pytest.approx(load_data("folder", photos).mean)
+    assert third["model_config"]["widths"] == [8, 8] and third["model_config"]["classes"] == 2
+    assert third["mean"] != source["mean"]
+
+
+def test_an_interrupted_start_from_weights_resumes_without_the_file(tmp_path, monkeypatch):
+    """And ends in the weights of the uninterrupted one."""
+    import training
+
+    train(tmp_path / "first")
+    path = str(tmp_path / "first" / "best.pt")
+    argv = [*DIGITS, "--epochs", "2", "--init", path]
+    train_cnn.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    real = training.log_row
+
+    def stop(row, *logs):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+        real(row, *logs)
+
+    monkeypatch.setattr(training, "log_row", stop)
+    with pytest.raises(SystemExit):
+        train_cnn.main([*argv, "--out-dir", str(tmp_path / "parts")])
+    monkeypatch.setattr(training, "log_row", real)
+    shutil.rmtree(tmp_path / "first")
+    train_cnn.main(["--resume", "--out-dir", str(tmp_path / "parts")])
+    whole, parts = (
+        checkpoint.load_checkpoint(tmp_path / d / "last.pt") for d in ("whole", "parts")
+    )
+    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+
+
+def test_what_does_not_fit_the_weights_is_refused(trained, tmp_path, fails):
+    argv = [*DIGITS, "--out-dir", tmp_path / "out", "--init"]
+    line = fails(train_vit.main, *argv, trained["vit"], "--dim", 64)
+    assert f"--dim 64 conflicts with --init {trained['vit']}, which has 16: omit it" in line
+    assert "is a vit: use train_vit.py" in fails(train_cnn.main, *argv, trained["vit"])
+    assert "no such checkpoint" in fails(train_cnn.main, *argv, tmp_path / "none.pt")
+    line = fails(train_cnn.main, "--resume", "--epochs", 9, "--out-dir", trained["cnn"].parent)
+    assert "--epochs 9 conflicts" in line and "--init" in line
+
+
+def test_a_finished_run_points_to_init(trained, capsys):
+    train_cnn.main(["--resume", "--out-dir", str(trained["cnn"].parent)])
+    assert "is finished: 2 of 2 epochs are done" in (out := capsys.readouterr().out)
+    assert f"--init {trained['cnn']}" in out

@@ -1,0 +1,475 @@
+"""Folders and images of every kind, read as what they are, or refused with the right cause."""
+
+import json
+import os
+import shutil
+import struct
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CNN
+from PIL import Image, PngImagePlugin
+
+import data
+import evaluate
+import explain
+import figures
+import folders
+import train_cnn
+import train_vit
+from batches import Batches
+from checkpoint import load_checkpoint
+from cli import UserError
+from data import load_data
+from folders import read_image
+
+
+def solid(path, color=(200, 30, 90), size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+def classes_of(root, *names, count=10):
+    for i, name in enumerate(names):
+        for j in range(count):
+            solid(root / name / f"{j:02}.png", (80 * i, j, 0))
+    return root
+
+
+def folder_flags(root, *more):
+    flags = ["--dataset", "folder", "--data-dir", root, "--batch-size", 4, "--epochs", 1]
+    return [*map(str, flags), "--device", "cpu", *TINY_CNN, *map(str, more)]
+
+
+# ---------------------------------------------------------------- value range
+
+
+def tiff(path, values: np.ndarray, sample_format=1, photometric=1):
+    """An uncompressed little-endian TIFF, written out: (H, W) or (H, W, bands)."""
+    bands = values.shape[2] if values.ndim == 3 else 1
+    raw, bits = values.astype(values.dtype.newbyteorder("<")).tobytes(), 8 * values.itemsize
+    tags = {256: values.shape[1], 257: values.shape[0], 258: bits, 259: 1, 262: photometric}
+    tags |= {273: 8, 277: bands, 278: values.shape[0], 279: len(raw), 339: sample_format}
+    tags |= {338: 0} if bands == 2 else {}  # a second band of no known meaning
+    entries = b""
+    for tag, value in sorted(tags.items()):
+        count = bands if tag in (258, 339) and bands <= 2 else 1
+        packed = struct.pack("<HH", value, value) if count == 2 else struct.pack("<I", value)
+        entries += struct.pack("<HHI", tag, 4 if count == 1 else 3, count) + packed
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(raw)) + raw + directory)
+
+
+GREY = np.full((4, 6), 99)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sample_format", "photometric", "expected"),
+    [
+        (np.uint8, 1, 1, 99), (np.uint16, 1, 1, 99), (np.uint8, 1, 0, 156), (np.uint16, 1, 0, 156),
+        (np.int8, 2, 1, "signed"), (np.int16, 2, 1, "signed"), (np.int32, 2, 1, "signed"),
+        (np.uint32, 1, 1, "32-bit"), (np.float32, 3, 1, "floating-point"),
+    ],
+)  # fmt: skip
+def test_the_range_of_values_is_known_or_refused(
+    tmp_path, dtype, sample_format, photometric, expected
+):
+    """CT images have signed 16 bits, which must not be read as 0 to 65,535."""
+    factor = 257 if np.dtype(dtype).itemsize == 2 and sample_format == 1 else 1
+    tiff(tmp_path / "x.tif", (GREY * factor).astype(dtype), sample_format, photometric)
+    if isinstance(expected, int):
+        assert read_image(tmp_path / "x.tif").getpixel((2, 2)) == (expected,) * 3
+    else:
+        with pytest.raises(UserError, match=f"x.tif: its values are .*{expected}.*; convert"):
+            read_image(tmp_path / "x.tif")
+
+
+def test_16_bits_of_png_and_pgm(tmp_path):
+    values = (GREY * 257).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    (tmp_path / "x.pgm").write_bytes(b"P5\n6 4\n65535\n" + values.astype(">u2").tobytes())
+    for name in ("x.png", "x.pgm"):
+        assert read_image(tmp_path / name).getpixel((2, 2)) == (99, 99, 99)
+
+
+def test_16_bit_images_that_are_all_dark_are_named(tmp_path, capsys):
+    """12 bits in 16; said again when they come from the cache, and not where one is bright."""
+    for name in ("cat", "dog"):
+        for i in range(10):
+            solid(tmp_path / name / f"{i}.png")
+        Image.fromarray((GREY * 40).astype(np.uint16)).save(tmp_path / name / "dark.png")
+    for _ in "12":
+        load_data("folder", tmp_path)
+        err = capsys.readouterr().err
+        assert "warning: 2 images have 16 bits, but their largest value is 3960 of 65,535" in err
+    Image.fromarray((GREY * 600).astype(np.uint16)).save(tmp_path / "cat" / "bright.png")
+    load_data("folder", tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_bands_that_pillow_does_not_read(tmp_path, capsys):
+    """Five bands are refused as what they are; a second one is left out with a warning."""
+    tiff(tmp_path / "five.tif", np.zeros((4, 6, 5), np.uint8))
+    with pytest.raises(UserError, match=r"five\.tif: a TIFF of bands or bits that Pillow does not"):
+        read_image(tmp_path / "five.tif")
+    remarks = []
+    tiff(tmp_path / "two.tif", np.full((4, 6, 2), 7, np.uint8))
+    assert read_image(tmp_path / "two.tif", remarks=remarks).getpixel((1, 1)) == (7, 7, 7)
+    assert remarks == [f"{tmp_path / 'two.tif'}: only 1 of its 2 bands are used"]
+
+
+def test_other_files_are_named_as_what_they_are(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(UserError, match=r"x\.jpg: a HEIC image; save it as JPEG or PNG"):
+        read_image(tmp_path / "x.jpg")
+
+
+# ---------------------------------------------------------------- optional metadata
+
+
+def test_pixels_count_not_metadata(tmp_path, capsys):
+    """Broken EXIF, and texts of megabytes, as some editors write them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    solid(tmp_path / "a" / "good.png")
+    picture = Image.new("RGB", (8, 8), (9, 8, 7))
+    picture.save(tmp_path / "a" / "x.jpg", exif=exif.tobytes()[:-9] + b"\xff" * 9, quality=100)
+    broken = exif.tobytes().replace(b"II*\0", b"??*\0").replace(b"MM\0*", b"??\0*")
+    picture.save(tmp_path / "a" / "y.jpg", exif=broken, quality=100)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
+    picture.save(tmp_path / "a" / "z.png", pnginfo=text)
+    for name in ("x.jpg", "y.jpg", "z.png"):
+        assert np.allclose(read_image(tmp_path / "a" / name).getpixel((3, 3)), (9, 8, 7), atol=2)
+    classes_of(tmp_path, "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "a", dirs_exist_ok=True)
+    load_data("folder", tmp_path)
+    for line in capsys.readouterr().err.splitlines():  # a warning names its file
+        assert line.startswith(f"warning: {tmp_path / 'a'}/")
+
+
+def test_a_fault_of_the_program_is_not_blamed_on_the_image(tmp_path, monkeypatch):
+    """As with a Pillow that lacks what is called here."""
+    solid(tmp_path / "x.png")
+    monkeypatch.delattr(Image.Image, "has_transparency_data")
+    with pytest.raises(AttributeError):
+        read_image(tmp_path / "x.png")
+
+
+def test_up_to_ten_bad_files_are_named_at_once(tmp_path):
+    classes_of(tmp_path, "cat", "dog")
+    for i in range(3):
+        (tmp_path / "dog" / f"bad{i}.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError) as error:
+        load_data("folder", tmp_path)
+    assert str(error.value).startswith("3 files cannot be used; replace or remove them: ")
+    assert all(
+        f"{tmp_path / 'dog' / f'bad{i}.jpg'}: not an image" in str(error.value) for i in "012"
+    )
+    for i in range(3, 30):
+        (tmp_path / "dog" / f"bad{i}.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^10 files cannot be used"):
+        load_data("folder", tmp_path)
+    assert not list(tmp_path.glob(".cache*"))
+
+
+# ---------------------------------------------------------------- splits and classes
+
+
+def test_every_split_that_lacks_a_class_says_so(tmp_path, capsys):
+    classes_of(tmp_path, "cat", count=100)
+    classes_of(tmp_path, "dog", count=4)
+    train_cnn.main(folder_flags(tmp_path, "--out-dir", tmp_path.parent / "lacks"))
+    head = capsys.readouterr().out.splitlines()[0]
+    assert "folder: 2 classes ('cat', 'dog'); 74 training" in head
+    assert "no validation images of 'dog'" in head and "no test images" not in head
+    small = classes_of(tmp_path.parent / "small", "cat", count=40)
+    classes_of(small, "dog", count=3)
+    assert "no training images of 'dog'" in load_data("folder", small, val_fraction=0.85).note
+
+
+def test_a_class_that_is_too_small_is_named(tmp_path):
+    classes_of(tmp_path, "cat", "dog", count=20)
+    classes_of(tmp_path, "emu", count=1)
+    with pytest.raises(UserError, match="the smallest is 'emu', with 1: add images"):
+        load_data("folder", tmp_path)
+
+
+def test_averages_are_over_classes_with_images():
+    """12 of 12 right and a class without images: 1, not 2/3."""
+    labels = torch.tensor([0, 1] * 6)
+    found = evaluate.measure(10 * torch.eye(3)[labels], labels, ["a", "b", "c"])
+    assert found["macro_f1"] == found["weighted_f1"] == found["accuracy"] == 1
+    assert found["per_class"]["c"] == {"precision": None, "recall": None, "f1": None, "support": 0}
+    wrong = evaluate.measure(10 * torch.eye(3)[[0, 1, 2]], torch.tensor([0, 1, 1]), ["a", "b", "c"])
+    assert wrong["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
+    assert wrong["per_class"]["c"]["precision"] == 0 and wrong["per_class"]["c"]["f1"] is None
+    (axes,) = figures.plot_confusion({"m": wrong}, ["a", "b", "c"]).axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c (no images)"]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A run of three classes: cat, dog and fox."""
+    root = tmp_path_factory.mktemp("three")
+    for part in ("train", "test"):
+        classes_of(root / "photos" / part, "cat", "dog", "fox")
+    train_cnn.main(folder_flags(root / "photos", "--out-dir", root / "run"))
+    return root / "run" / "best.pt"
+
+
+@pytest.mark.parametrize("layout", ["test alone", "beside train", "one level"])
+def test_a_test_split_may_lack_classes_in_every_layout(layout, three, tmp_path, capsys, fails):
+    root = tmp_path / "others"
+    parent = root if layout == "one level" else root / "test"
+    classes_of(parent, "cat", "fox")
+    if layout == "beside train":
+        classes_of(root / "train", "cat", "dog", "fox")
+    argv = [three, "--data-dir", root, "--out-dir", tmp_path / "out"]
+    evaluate.main(list(map(str, argv)))
+    assert "no test images of 'dog'" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "out" / "metrics.json").read_text()).values()
+    assert found["per_class"]["dog"]["support"] == 0 and found["per_class"]["fox"]["support"] > 1
+    report = (tmp_path / "out" / "classification_report.txt").read_text()
+    assert "no images of dog" in report
+    classes_of(parent, "emu")
+    if layout == "beside train":
+        classes_of(root / "train", "emu")
+    assert "do not have 'emu'" in fails(evaluate.main, *argv)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_validation_folders_have_several_names(tmp_path, name):
+    for part in ("Train", name, "test"):
+        classes_of(tmp_path / part, "a", "b", count=len(part))
+    found = load_data("folder", tmp_path)
+    assert found.sizes == [10, 2 * len(name), 8]
+
+
+def test_the_cure_for_a_missing_test_split_merges_nothing(tmp_path, fails):
+    for part in ("train", "val"):
+        classes_of(tmp_path / part, "a", "b")
+    line = fails(train_cnn.main, *folder_flags(tmp_path, "--out-dir", tmp_path.parent / "out"))
+    assert "no folder test/<class>/ beside train/" in line
+    assert "with some of the images of val/" in line and "directly there" not in line
+    classes_of(tmp_path / "test", "a", "b")
+    classes_of(tmp_path / "valid", "a", "b")
+    line = fails(train_cnn.main, *folder_flags(tmp_path, "--out-dir", tmp_path.parent / "out"))
+    assert "val/ and valid/ are both val images: keep one" in line
+
+
+def test_a_class_may_be_called_training(tmp_path):
+    classes_of(tmp_path, "testing", "training")
+    assert load_data("folder", tmp_path).classes == ["testing", "training"]
+
+
+# ---------------------------------------------------------------- what is left out
+
+
+@pytest.mark.parametrize("at", ["cat/2024", "cat/a/b"])
+def test_images_a_level_too_deep_are_refused(tmp_path, at, fails):
+    classes_of(tmp_path / "photos", "cat", "dog", count=8)
+    classes_of(tmp_path / "photos", at, count=20)
+    argv = folder_flags(tmp_path / "photos", "--out-dir", tmp_path / "out")
+    line = fails(train_cnn.main, *argv)
+    assert "images a level too deep: 20" in line and f"/photos/cat/{at[4:].split('/')[0]}" in line
+
+
+def test_what_is_skipped_is_counted_by_its_reason(tmp_path):
+    classes_of(tmp_path, "cat", "dog")
+    (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "cat" / "list.txt").touch()
+    (tmp_path / "cat" / "._01.png").touch()
+    (tmp_path / "cat" / "empty").mkdir()
+    solid(tmp_path / "loose.png")
+    note = load_data("folder", tmp_path).note
+    assert "skipped links to missing files: 1" in note
+    assert f"skipped files that are not {' '.join(folders.IMG_EXTENSIONS)}: 1" in note
+    assert "skipped hidden files: 1" in note
+    assert "skipped images in no class's folder: 1" in note
+
+
+# ---------------------------------------------------------------- results and images
+
+
+def test_results_are_not_written_into_the_images(three, tmp_path, fails):
+    """Nor is anything left there by the refusal."""
+    photos = shutil.copytree(three.parents[1] / "photos", tmp_path / "photos")
+    before = sorted(photos.rglob("*"))
+    inside = photos / "train" / "explained"
+    own = ["--data-dir", photos]
+    assert "is in the folder of images" in fails(explain.main, three, *own, "--out-dir", inside)
+    assert "is in the folder of images" in fails(evaluate.main, three, *own, "--out-dir", inside)
+    argv = folder_flags(photos, "--out-dir", inside)
+    assert "is in the folder of images" in fails(train_cnn.main, *argv)
+    original = three.parents[1] / "photos"
+    argv = [three, "--images", photos / "test" / "cat" / "01.png", "--out-dir", original / "out"]
+    assert "is in the folder of images" in fails(explain.main, *argv)
+    assert sorted(photos.rglob("*")) == before and not (original / "out").exists()
+
+
+# ---------------------------------------------------------------- cache and identity
+
+
+def test_a_file_replaced_under_the_same_size_and_time_is_read(tmp_path):
+    classes_of(tmp_path, "cat", "dog")
+    path = tmp_path / "cat" / "00.png"
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(path, compress_level=0)
+    load_data("folder", tmp_path)
+    stat = path.stat()
+    Image.new("RGB", (8, 8), (7, 8, 9)).save(tmp_path / "new.png", compress_level=0)
+    (tmp_path / "new.png").replace(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    again = load_data("folder", tmp_path)
+    assert again.train.images[0, :, 0, 0].tolist() == [7, 8, 9]
+    time.sleep(0.05)  # clocks of file systems are coarse
+    path.write_bytes(path.read_bytes().replace(bytes([7, 8, 9]), bytes([4, 5, 6])))  # same inode
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match=r"00\.png"):  # its checksum is wrong now
+        load_data("folder", tmp_path)
+
+
+def test_the_identity_of_a_data_set_is_its_names_and_content(tmp_path):
+    """Copied elsewhere, with other times: the same. One pixel changed: another."""
+    classes_of(tmp_path / "a", "cat", "dog")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    first, copied = (load_data("folder", tmp_path / name) for name in "ab")
+    assert first.content == copied.content
+    solid(tmp_path / "b" / "cat" / "00.png", (0, 0, 1))
+    assert load_data("folder", tmp_path / "b").content != first.content
+
+
+def test_composed_and_decomposed_names_are_one(tmp_path):
+    """macOS decomposes é into e and an accent: one class, one order, one identity."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    classes_of(tmp_path / "a" / "train", composed, "cafz")
+    classes_of(tmp_path / "a" / "test", decomposed, "cafz")
+    classes_of(tmp_path / "b" / "train", decomposed, "cafz")
+    classes_of(tmp_path / "b" / "test", composed, "cafz")
+    first, second = (load_data("folder", tmp_path / name) for name in "ab")
+    assert first.classes == second.classes == ["cafz", composed]
+    assert first.content == second.content
+    assert torch.equal(first.train.labels, second.train.labels)
+    assert torch.equal(first.train.images, second.train.images)
+
+
+def test_a_run_is_resumed_with_the_images_elsewhere(tmp_path, three, fails):
+    """Also where the checkpoint was written on Windows."""
+    photos = shutil.copytree(three.parents[1] / "photos", tmp_path / "elsewhere")
+    run = shutil.copytree(three.parent, tmp_path / "run")
+    state = load_checkpoint(run / "last.pt")
+    state["settings"] |= {"epochs": 2, "data_dir": "C:\\photos", "out_dir": "runs\\x"}
+    state["dataset"]["data_dir"] = "C:\\photos"
+    torch.save(state, run / "last.pt")
+    argv = ["--resume", "--out-dir", run, "--data-dir", photos]
+    train_cnn.main(list(map(str, argv)))
+    assert load_checkpoint(run / "last.pt")["epoch"] == 2
+    state["settings"]["epochs"] = 3
+    torch.save(state, run / "last.pt")
+    solid(photos / "train" / "cat" / "00.png", (1, 1, 1))
+    assert "are not those of the run" in fails(train_cnn.main, *argv)
+
+
+def test_a_folder_names_the_files_of_its_images(three, tmp_path, capsys):
+    explain.main([str(three), "--count", "3", "--out-dir", str(tmp_path)])
+    rows = capsys.readouterr().out.splitlines()[:3]
+    root = three.parents[1] / "photos" / "test"
+    assert all(row.startswith(f"{root}/") and ".png  run: " in row for row in rows)
+
+
+# ---------------------------------------------------------------- which data set
+
+
+def test_the_wrong_data_set_is_named(tmp_path, fails):
+    out = ["--out-dir", tmp_path / "out", *TINY_CNN]
+    archive = tmp_path / "data" / "cifar-10-batches-py"
+    archive.mkdir(parents=True)
+    (archive / "batches.meta").touch()
+    line = fails(train_cnn.main, "--data-dir", archive, *out)
+    assert f"CIFAR-10 is in it: use --data-dir {tmp_path / 'data'}" in line
+    for root in (archive, tmp_path / "data"):
+        line = fails(train_cnn.main, "--dataset", "folder", "--data-dir", root, *out)
+        assert f"use --dataset cifar10 --data-dir {tmp_path / 'data'}" in line
+    photos = classes_of(tmp_path / "photos", "train/a", "train/b", "test/a", "test/b")
+    line = fails(train_cnn.main, "--data-dir", photos, *out)
+    assert "use --dataset folder" in line and not (photos / "cifar-10-python.tar.gz").exists()
+
+
+# ---------------------------------------------------------------- many classes, long names
+
+
+def test_figures_of_620_classes_are_bounded(tmp_path):
+    """At most 4,000 pixels a side, in at most 40 seconds for all (66,960 and 114 before)."""
+    C = 620
+    classes = [f"class {i:03}" for i in range(C)]
+    labels = torch.arange(2 * C) % C
+    images = torch.randint(256, (2 * C, 3, 32, 32), dtype=torch.uint8)
+    split = data.Split.of(images, labels)
+    found = data.Data("folder", split, split, split, classes, (0.5,) * 3, (0.5,) * 3)
+    metrics = evaluate.measure(torch.eye(C)[labels.roll(1)], labels, classes)
+    started = time.perf_counter()
+    for figure in (
+        figures.plot_confusion({"m": metrics}, classes),
+        figures.plot_counts(found),
+        figures.plot_examples(split, classes),
+    ):
+        figure.savefig(tmp_path / "x.png", dpi=120)
+        assert max(Image.open(tmp_path / "x.png").size) < 4000
+    assert time.perf_counter() - started < 40
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["short", "x" * 20], ["short", "x" * 20]),
+        (["a" * 30], ["a" * 9 + "…" + "a" * 9]),
+        (["same/" * 6] * 2, ["same/same…ame/same/ (1)", "same/same…ame/same/ (2)"]),
+    ],
+)
+def test_shortened_names(names, short):
+    assert figures.shorten(names) == short
+
+
+def test_names_that_differ_in_the_middle_stay_different():
+    names = [f"experiment_{i:03}_with_a_long_end" for i in range(12)]
+    short = figures.shorten(names)
+    assert len(set(short)) == 12 and max(map(len, short)) <= 20
+    assert all(f"{i:02}" in label for i, label in enumerate(short))
+
+
+def test_a_run_whose_name_begins_with_an_underscore_has_a_legend_entry():
+    row = {"epoch": 1, "seconds": 60.0, "val_accuracy": 0.5, "train_accuracy": 0.4}
+    row |= {"val_loss": 1.0, "train_loss": 1.2}
+    figure = figures.plot_curves({"_draft": [row], "b": [row]})
+    (legend,) = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["_draft, validation", "_draft, training", "b, validation", "b, training"]
+
+
+def test_more_maps_than_a_figure_holds(trained, tmp_path, capsys):
+    argv = [trained["vit"], "--count", 2, "--target", *"0123456789", "predicted", "true"]
+    explain.main([*map(str, argv), "--method", "grad-cam", "input-x-gradient", "--save-maps",
+                  "--out-dir", str(tmp_path)])  # fmt: skip
+    assert "the figures show the first 12 of 24 maps" in capsys.readouterr().out
+    with Image.open(next(tmp_path.glob("*_explanations-any.png"))) as image:
+        assert image.size[0] < 5000
+    assert len(np.load(next(tmp_path.glob("*.npz")))) == 24 + 3
+
+
+def test_batches_of_a_folder_keep_their_files(three):
+    found = load_data("folder", three.parents[1] / "photos")
+    part = found.train.subset(torch.arange(3))
+    files = [found.train.files[row] for row in part.indices]
+    images, _ = next(iter(Batches(part, 3, mean=(0,) * 3, std=(1,) * 3)))
+    for file, image in zip(files, images, strict=True):
+        expected = np.asarray(read_image(file, 32)).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(image.numpy(), expected, atol=1e-6)
+
+
+def test_a_network_of_the_wrong_shape_is_refused_before_images_are_read(tmp_path, fails):
+    argv = ["--dataset", "folder", "--data-dir", tmp_path / "missing", "--dim", 52, "--heads", 3]
+    line = fails(train_vit.main, *argv, "--out-dir", tmp_path / "out")
+    assert "--heads 3 does not divide --dim 52" in line
