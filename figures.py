@@ -258,11 +258,15 @@ def plot_counts(data: Data) -> Figure:
         if not len(split):
             continue
         counts = torch.bincount(split.labels[split.indices], minlength=C).numpy()
-        bars = axes.bar(x + (i - 1) * 0.28, counts, 0.28, label=f"{part}: {len(split):,}")
-        if len(data.classes) <= MOST_CLASSES[0]:
+        label = f"{part}: {len(split):,}"
+        if len(data.classes) > MOST_CLASSES[0]:
+            axes.plot(x, counts, ".", markersize=4, label=label)
+        else:
+            bars = axes.bar(x + (i - 1) * 0.28, counts, 0.28, label=label)
             axes.bar_label(bars, fontsize=7, rotation=90 if C > 5 else 0, padding=2)
     name_axis(axes.xaxis, data.classes, tilt=True)
     axes.set_ylabel("images")
-    axes.margins(y=0.15)
+    axes.margins(x=0.5 / C, y=0.15)
+    axes.set_ylim(bottom=0)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=3, frameon=False)
     return figure

@@ -177,7 +177,7 @@ def test_signed_maps_are_red_for_and_blue_against():
     (red, blue), (white, pale) = figures.colored(heat, signed=True)
     assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and white.min() > 0.95
     assert pale[0] > pale[2]
-    column = {"header": "", "maps": heat[None], "titles": [""], "colors": ["black"]}
+    column = {"header": ("", ""), "maps": heat[None], "titles": [""], "colors": ["black"]}
     picture = np.zeros((8, 8, 3), dtype=np.uint8)
     figure = figures.plot_explanations([picture], [""], [column | {"signed": True}])
     raw = figure.axes[1].images[0].get_array()
@@ -322,7 +322,7 @@ def test_same_names_and_dollars_are_kept_apart(trained, photos, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--target", "dog"], "--target dog: the classes are 0, 1"),
+        (["--target", "dog"], "--target dog: the 10 classes are '0', '1'"),
         (["--images", "no-such.jpg"], "no-such.jpg"),
         (["--images", "README.md", "no-such.jpg", "--count", "3"], "--count is for test images"),
         (["--method", "rollout", "--target", "3"], "--target is for grad-cam and"),

@@ -30,7 +30,8 @@ def test_training(folder, script, flags):
     out = run(folder, script, "--dataset", "digits", "--epochs", 2, "--limit-batches", 3, *flags)
     model = script[6:9]
     head = out.splitlines()[0]
-    assert head.startswith(f"digits: 1,293 training, 144 validation, 360 test images; {model} of")
+    counts = "1,293 training, 144 validation, 360 test images"
+    assert head.startswith(f"digits: 10 classes ('0', '1', '2', '3', ...); {counts}; {model} of")
     assert "--no-flip" in head and "float32" in head
     assert f"python evaluate.py runs/digits-{model}/best.pt" in out
     assert (folder / "runs" / f"digits-{model}" / "last.pt").exists()
