@@ -335,6 +335,14 @@ def path_type(text: str) -> Path:
     return Path(name_type(text))
 
 
+def file_type(text: str) -> Path:
+    """An argparse type: a file that exists."""
+    path = path_type(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    return path
+
+
 # ---------------------------------------------------------------- flags of all scripts
 
 

@@ -125,7 +125,8 @@ def load_data(
         listing = list_images(data_dir, classes)
         labels, parts = _folder_splits(listing, data_dir)
         images, content = decoded_images(data_dir, listing, image_size)
-        classes, notes, files = listing.classes, listing.notes, listing.files
+        classes, notes = listing.classes, listing.notes
+        files = [file.path for file in listing.files]
     else:
         raise UserError(f"--dataset {name}: unknown; use cifar10, digits or folder")
 

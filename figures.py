@@ -18,6 +18,7 @@ from PIL import Image
 from data import Data, Split
 
 MOST_CLASSES = 25, 50, 100  # with numbers in cells, with an example, with a name on an axis
+MOST_LAYERS, MOST_HEADS = 24, 16  # in a figure of attention
 COLORS = matplotlib.colormaps["turbo"]
 SIGNED_COLORS = matplotlib.colormaps["RdBu_r"]
 # These sentences name the colours above.
@@ -130,7 +131,12 @@ def _attention_grid(rows: int, columns: int, inches: tuple[float, float], title:
 
 
 def plot_attention_layers(pictures, names, attention: torch.Tensor, title: str) -> Figure:
-    """A row per image, a column per layer: attention (B, L, heads, h, w) averaged over heads."""
+    """A row per image, a column per layer: attention (B, L, heads, h, w) averaged over heads.
+
+    Of a very deep network the last layers are drawn.
+    """
+    skipped = max(0, attention.shape[1] - MOST_LAYERS)
+    attention = attention[:, skipped:]
     B, L = attention.shape[:2]
     figure, grid = _attention_grid(B, L + 1, (1.6 * (L + 1), 1.8 * B + 0.5), title)
     for i in range(B):
@@ -138,19 +144,24 @@ def plot_attention_layers(pictures, names, attention: torch.Tensor, title: str) 
         grid[i, 0].set_title(names[i], fontsize=10)
         for l in range(L):
             grid[i, l + 1].imshow(scaled(attention[i, l].mean(0)), cmap=COLORS)
-            grid[i, l + 1].set_title(f"layer {l + 1}" if i == 0 else "", fontsize=10)
+            grid[i, l + 1].set_title(f"layer {skipped + l + 1}" if i == 0 else "", fontsize=10)
     return figure
 
 
 def plot_attention_heads(picture, name: str, attention: torch.Tensor, title: str) -> Figure:
-    """One image; a row per layer, a column per head: attention (L, heads, h, w)."""
-    L, heads = attention.shape[:2]
+    """One image; a row per layer, a column per head: attention (L, heads, h, w).
+
+    Of very many, the last layers and the first heads are drawn; the mean is of all heads.
+    """
+    skipped = max(0, attention.shape[0] - MOST_LAYERS)
+    attention = attention[skipped:]
+    L, heads = len(attention), min(attention.shape[1], MOST_HEADS)
     figure, grid = _attention_grid(L, heads + 2, (1.5 * (heads + 2), 1.6 * L + 0.7), title)
     grid[0, 0].imshow(picture, interpolation="nearest")
     grid[0, 0].set_title(name, fontsize=10)
     for l in range(L):
         left = grid[l, 1]
-        left.text(-0.06, 0.5, f"layer {l + 1}", transform=left.transAxes, rotation=90,
+        left.text(-0.06, 0.5, f"layer {skipped + l + 1}", transform=left.transAxes, rotation=90,
                   ha="right", va="center", fontsize=10)  # fmt: skip
         for head in range(heads):
             grid[l, 1 + head].imshow(scaled(attention[l, head]), cmap=COLORS)

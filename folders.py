@@ -11,6 +11,7 @@ import struct
 import unicodedata
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,19 +41,29 @@ class BadImageError(UserError):
         super().__init__(f"{self.reason}; {advice}")
 
 
+class ImageFile(NamedTuple):
+    """An image file of a folder."""
+
+    path: str
+    name: str  # split/class/file: the same on every system
+    class_name: str
+    stamp: str  # changes when the file does
+
+
 @dataclasses.dataclass
 class Listing:
     """The image files of a folder, before any is decoded."""
 
-    files: list[str] = dataclasses.field(default_factory=list)  # paths
-    names: list[str] = dataclasses.field(default_factory=list)  # split/class/file, on any system
-    stamps: list[str] = dataclasses.field(default_factory=list)  # change when a file does
-    labels: list[int] = dataclasses.field(default_factory=list)  # a class number per file
-    parts: dict[str, range] = dataclasses.field(
-        default_factory=dict
-    )  # rows of each split, or "all"
-    classes: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)  # what the reader should know
+    files: list[ImageFile]
+    parts: dict[str, range]  # positions in `files` of each split; "all" without such folders
+    classes: list[str]
+    notes: list[str]  # what the reader should know, e.g. how many files were skipped
+
+    @property
+    def labels(self) -> list[int]:
+        """A class number per file."""
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return [numbers[file.class_name] for file in self.files]
 
 
 # ---------------------------------------------------------------- which files
@@ -74,51 +85,33 @@ def list_images(root: Path, classes: list[str] | None = None) -> Listing:
         what = "is a file, not a folder" if root.exists() else "there is no such folder"
         raise UserError(f"--data-dir {root}: {what}")
     archive = root if (root / "batches.meta").exists() else root / "cifar-10-batches-py"
-    if archive.is_dir():
-        raise UserError(
-            f"--data-dir {root}: this is CIFAR-10 itself: use --dataset cifar10 --data-dir "
-            f"{archive.parent}"
-        )
-    listing, skipped, splits = Listing(), collections.Counter(), _split_folders(root, classes)
-    class_names = []
+    if archive.is_dir() and not holds_images(root):
+        advice = f"use --dataset cifar10 --data-dir {archive.parent}"
+        raise UserError(f"--data-dir {root}: this is CIFAR-10 itself: {advice}")
+    files, parts, skipped = [], {}, collections.Counter()
+    splits = _split_folders(root, classes)
     for part, folder in splits.items():
-        first = len(listing.files)
-        for directory in _folders(folder):
-            for entry in _images(directory, skipped):
-                stat = entry.stat()
-                stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-                class_names.append(_composed(directory.name))
-                listing.files.append(entry.path)
-                listing.names.append(f"{part}/{class_names[-1]}/{_composed(entry.name)}")
-                listing.stamps.append(stamp)
-        if len(listing.files) == first:
+        found = [file for each in _folders(folder) for file in _images(each, part, skipped)]
+        if not found:
             raise UserError(f"--data-dir {root}: no images in {folder}/<class>/, such as cat/1.jpg")
-        listing.parts[part] = range(first, len(listing.files))
-        loose = sum(_is_image(path.name) for path in folder.iterdir() if path.is_file())
-        skipped["images in no class's folder"] += loose
-    known = class_names[: len(next(iter(listing.parts.values())))]  # of train/, which comes first
-    listing.classes = classes or sorted(set(known))
-    _check_classes(root, listing, class_names, classes is not None)
-    numbers = {name: number for number, name in enumerate(listing.classes)}
-    listing.labels = [numbers[name] for name in class_names]
+        parts[part] = range(len(files), len(files) + len(found))
+        files += found
+        for path in folder.iterdir():
+            skipped["links to missing files"] += path.is_symlink() and not path.exists()
+            skipped["images in no class's folder"] += path.is_file() and _is_image(path.name)
+    notes = [f"skipped {reason}: {count}" for reason, count in skipped.items() if count]
     unused = {path.name for path in _folders(root)} - {path.name for path in splits.values()}
-    if unused and root not in splits.values():
-        listing.notes.append(f"not used: {quoted(unused)}")
-    listing.notes += [f"skipped {reason}: {count}" for reason, count in skipped.items() if count]
-    return listing
-
-
-def _check_classes(root: Path, listing: Listing, class_names: list[str], known: bool) -> None:
-    """Raise UserError for a class that is not in `listing.classes`, or if there is only one."""
-    if len(listing.classes) < 2:
-        raise UserError(
-            f"--data-dir {root}: there is one class, {listing.classes[0]!r}; two are needed"
-        )
-    for part, rows in listing.parts.items():
-        others = {class_names[row] for row in rows} - set(listing.classes)
-        if others and known:
+    if unused and "all" not in splits:
+        notes.append(f"not used: {quoted(unused)}")
+    first = parts[next(iter(parts))]  # train/, or all
+    known = classes or sorted({files[row].class_name for row in first})
+    if len(known) < 2:
+        raise UserError(f"--data-dir {root}: there is one class, {known[0]!r}; two are needed")
+    for part, rows in parts.items():
+        others = {files[row].class_name for row in rows} - set(known)
+        if others and classes:
             raise UserError(
-                f"--data-dir {root}: the checkpoint's {len(listing.classes)} classes do not have "
+                f"--data-dir {root}: the checkpoint's {len(classes)} classes do not have "
                 f"{quoted(others)}: choose its own data (--dataset, --data-dir)"
             )
         if others:
@@ -126,6 +119,7 @@ def _check_classes(root: Path, listing: Listing, class_names: list[str], known: 
                 f"--data-dir {root}: class {min(others)!r} is in {part}/ but not in train/: add it "
                 "there, or remove it"
             )
+    return Listing(files, parts, known, notes)
 
 
 def _split_folders(root: Path, classes: list[str] | None) -> dict[str, Path]:
@@ -135,10 +129,8 @@ def _split_folders(root: Path, classes: list[str] | None) -> dict[str, Path]:
         # Without folders in it, only these very names are splits: "Training" may be a class.
         found = [f for f in folders if f.name == part or (f.name.lower() in names and _folders(f))]
         if len(found) > 1:
-            raise UserError(
-                f"--data-dir {root}: {found[0].name}/ and {found[1].name}/ are both {part} images: "
-                "keep one"
-            )
+            both = f"{found[0].name}/ and {found[1].name}/ are both {part} images"
+            raise UserError(f"--data-dir {root}: {both}: keep one")
         if found:
             splits[part] = found[0]
     # Without train/ and test/ the folders are classes. So they are if train/ has no folders in it
@@ -178,16 +170,17 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: _composed(path.name))
 
 
-def _images(directory: Path, skipped: collections.Counter) -> list[os.DirEntry]:
-    """The image files directly in a class's folder, sorted; `skipped` counts the others.
+def _images(directory: Path, part: str, skipped: collections.Counter) -> list[ImageFile]:
+    """The images directly in a class's folder, sorted; `skipped` counts other files, by reason.
 
     Raises:
-        UserError: there are none, or images in folders below, or the class's name is unprintable.
+        UserError: there are none, or some in folders below, or the class's name is unprintable.
     """
     if printable(directory.name) != directory.name:
         raise UserError(
             f"{directory.parent}: the folder name {directory.name!r} cannot be printed; rename it"
         )
+    class_name = _composed(directory.name)
     found = []
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: _composed(entry.name)):
@@ -205,7 +198,10 @@ def _images(directory: Path, skipped: collections.Counter) -> list[os.DirEntry]:
             elif not _is_image(entry.name) or not entry.is_file():
                 skipped[f"files that are not {' '.join(IMG_EXTENSIONS)}"] += 1
             else:
-                found.append(entry)
+                stat = entry.stat()
+                stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+                name = f"{part}/{class_name}/{_composed(entry.name)}"
+                found.append(ImageFile(entry.path, name, class_name, stamp))
     if not found:
         raise UserError(
             f"{directory}: no images ({' '.join(IMG_EXTENSIONS)}): add some, or remove the folder"
@@ -227,8 +223,8 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
     Raises:
         UserError: files cannot be read, or the cache cannot be written or is damaged.
     """
-    stamps = [f"{n} {stamp}" for n, stamp in zip(listing.names, listing.stamps, strict=True)]
-    name = f".cache-{size}-{digest_of(stamps)}.npy"
+    stamps = digest_of([f"{file.name} {file.stamp}" for file in listing.files])
+    name = f".cache-{size}-{stamps}.npy"
     elsewhere = Path(torch.hub.get_dir()).parent / "images" / digest_of([str(root.resolve())])
     for folder in (root, elsewhere):
         cache = folder / name
@@ -263,8 +259,8 @@ def _make_cache(cache: Path, listing: Listing, size: int) -> None:
     partial = cache.with_suffix(".tmp")
     try:
         with partial.open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False}
-            header["shape"] = (len(listing.files), 3, size, size)
+            shape = (len(listing.files), 3, size, size)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             cache.with_suffix(".json").write_text(json.dumps(_decode(listing, size, file)))
             file.flush()
@@ -274,37 +270,32 @@ def _make_cache(cache: Path, listing: Listing, size: int) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _decode(listing: Listing, size: int, file) -> dict:
-    """Write the pixels of all files into `file`; return their hash, and remarks on them.
+def _decode(listing: Listing, size: int, target) -> dict:
+    """Write the pixels of all files into `target`; return their hash, and remarks on them.
 
     Raises:
         UserError: files that cannot be read; up to ten are named.
     """
     contents, bad, remarks, deep = [], [], [], []
-    rows = zip(listing.files, listing.names, strict=True)
-    for path, name in tqdm(rows, "decoding", len(listing.files), unit=" images", disable=None):
+    for file in tqdm(listing.files, "decoding", unit=" images", disable=None):
         try:
-            image = read_image(path, size, remarks)
+            image = read_image(file.path, size, remarks)
         except BadImageError as error:
             bad.append(error)
             if len(bad) == MOST_NAMED:
                 break
             continue
         deep += [image.info["largest"]] if "largest" in image.info else []
-        file.write(np.asarray(image).transpose(2, 0, 1).tobytes())
-        with Path(path).open("rb") as source:
-            contents.append(f"{name} {hashlib.file_digest(source, 'sha256').hexdigest()}")
-    if len(bad) == 1:
-        raise bad[0]
+        target.write(np.asarray(image).transpose(2, 0, 1).tobytes())
+        with Path(file.path).open("rb") as source:
+            contents.append(f"{file.name} {hashlib.file_digest(source, 'sha256').hexdigest()}")
     if bad:
         reasons = ", ".join(error.reason for error in bad)
-        raise UserError(f"{len(bad)} files cannot be used; replace or remove them: {reasons}")
+        several = f"{len(bad)} files cannot be used; replace or remove them: {reasons}"
+        raise bad[0] if len(bad) == 1 else UserError(several)
     if deep and max(deep) < 2**14:
-        remarks.insert(
-            0,
-            f"{len(deep)} images have 16 bits, but their largest value is {max(deep)} of 65,535, "
-            "so that all is dark: if they hold fewer bits, convert them to 8 bits first",
-        )
+        text = f"{len(deep)} images have 16 bits, but their largest value is {max(deep)} of 65,535"
+        remarks.insert(0, f"{text}: if they hold fewer bits, convert them to 8 bits first")
     if len(remarks) > MOST_NAMED:
         remarks[MOST_NAMED:] = [f"... and {len(remarks) - MOST_NAMED} more"]
     return {"content": digest_of(contents), "remarks": remarks}
@@ -331,6 +322,7 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
         with warnings.catch_warnings(record=True) as caught, Image.open(path) as image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)  # such as "Corrupt EXIF data"
+            deep = ";16" in str(image.tile)  # before the file is read
             image.load()
             with contextlib.suppress(*DAMAGED):  # its pixels count, not its metadata
                 ImageOps.exif_transpose(image, in_place=True)
@@ -353,9 +345,11 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
     if remarks is not None:
         remarks += [f"{path}: {text}" for text in found]
     try:
+        largest = _largest(image) if deep else None
         image = to_rgb(image, tags)
     except ValueError as error:
         raise BadImageError(path, str(error), "convert it to 8 bits") from None
+    image.info = {} if largest is None else {"largest": largest}
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image
@@ -370,6 +364,13 @@ def _what_it_is(path) -> tuple[str, str]:
     if start[4:11] in (b"ftyphei", b"ftypmif"):
         return "a HEIC image", "save it as JPEG or PNG"
     return "not an image", "replace it, or remove it"
+
+
+def _largest(image: Image.Image) -> int:
+    """The largest value, of 65,535, in a file of 16 bits; Pillow has colours of 8 bits of them."""
+    extrema = np.array(image.getextrema()).reshape(-1, 2)[:, 1]
+    colors = [n for band, n in zip(image.getbands(), extrema, strict=True) if band != "A"]
+    return int(max(colors)) * (1 if image.mode[0] == "I" else 257)
 
 
 def to_rgb(image: Image.Image, tags=()) -> Image.Image:
@@ -388,16 +389,12 @@ def to_rgb(image: Image.Image, tags=()) -> Image.Image:
     wide = image.mode[:4] == "I;16" or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if 2 in kinds or (image.mode[:1] == "I" and not wide):
         raise ValueError("its values are signed or 32-bit integers, whose range is unknown")
-    largest = {}
     if wide:
-        values = np.asarray(image)
-        largest = {"largest": int(values.max())}
-        values = (values.astype(np.float32) / 257).round().clip(0, 255)  # 65,535 / 255
+        values = np.asarray(image).astype(np.float32) / 257  # 65,535 / 255
+        values = values.round().clip(0, 255)
         values = 255 - values if tags.get(PHOTOMETRIC) == 0 else values  # 0 is white
         image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    image.info = largest
-    return image
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -15,6 +15,7 @@ from cli import (
     add_data_flags,
     add_device_flags,
     as_flags,
+    file_type,
     integer,
     non_negative,
     path_type,
@@ -89,7 +90,7 @@ def _add_run_flags(group) -> None:
     add_device_flags(group)
     add("--amp", choices=amp, default="auto", help="mixed precision; auto: with CUDA only")
     add("--compile", action="store_true", help="compile the network with torch.compile")
-    add("--init", type=path_type, metavar="FILE", help="start from the weights of a checkpoint")
+    add("--init", type=file_type, metavar="FILE", help="start from the weights of a checkpoint")
     add("--out-dir", type=path_type, metavar="DIR", help="default: runs/<dataset>-<model>")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="resume the run in --out-dir")

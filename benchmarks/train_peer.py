@@ -122,6 +122,8 @@ def main(argv=None):
     add("--limit-batches", type=integer(1), metavar="N", help="at most N per epoch")
     add("--out", type=path_type, metavar="FILE", help="JSON file for the result")
     args = parser.parse_args(argv)
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
     result = train_peer(args.peer, load_data("folder", args.data_dir), args)
     print(json.dumps(result))
     if args.out:

@@ -333,7 +333,7 @@ def test_what_does_not_fit_the_weights_is_refused(trained, tmp_path, fails):
     line = fails(train_vit.main, *argv, trained["vit"], "--dim", 64)
     assert f"--dim 64 conflicts with --init {trained['vit']}, which has 16: omit it" in line
     assert "is a vit: use train_vit.py" in fails(train_cnn.main, *argv, trained["vit"])
-    assert "no such checkpoint" in fails(train_cnn.main, *argv, tmp_path / "none.pt")
+    assert "none.pt: there is no such file" in fails(train_cnn.main, *argv, tmp_path / "none.pt")
     line = fails(train_cnn.main, "--resume", "--epochs", 9, "--out-dir", trained["cnn"].parent)
     assert "--epochs 9 conflicts" in line and "--init" in line
 
