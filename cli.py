@@ -81,11 +81,9 @@ def command(main):
             stack.enter_context(contextlib.redirect_stderr(err))
             stack.callback(out.flush)
             try:
-                main(argv)
-                return
+                return main(argv)
             except NothingToDo as reason:
-                print(reason)
-                return
+                return print(reason)
             except UserError as error:
                 message = str(error)
             except OSError as error:
@@ -118,11 +116,7 @@ def run(main) -> None:
 
 
 class LastingStream:
-    """A stream for `print` that may lose its reader or its disk: what is printed then is lost.
-
-    Args:
-        stream: the stream to write to, or None.
-    """
+    """A stream, or None, that may lose its reader or its disk. What is printed then is lost."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -161,6 +155,15 @@ def _report_thread(args) -> None:
         threading.__excepthook__(args)
 
 
+@contextlib.contextmanager
+def naming(flag: str, advice: str = ""):
+    """Put the flag before the message of a UserError in the block, and more advice after it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag} {error}{advice}") from None
+
+
 def warn(message: str) -> None:
     """Print one line on stderr and go on."""
     print(f"warning: {printable(message)}", file=sys.stderr)
@@ -191,10 +194,8 @@ def writing(path: Path | str):
 def refuse_inside(folder: Path, images: Path | None) -> None:
     """Raise UserError if `folder` is in `images`, a folder data set: it would become a class."""
     if images is not None and folder.resolve().is_relative_to(images.resolve()):
-        raise UserError(
-            f"--out-dir {folder} is in the folder of images {images}, where results would be read "
-            "as images: choose another"
-        )
+        advice = "results there would be read as images: choose another"
+        raise UserError(f"--out-dir {folder} is in the folder of images {images}: {advice}")
 
 
 def make_out_dir(folder: Path) -> None:
@@ -365,14 +366,14 @@ def add_device_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def use_device(flags: argparse.Namespace) -> torch.device:
-    """The device of --device, after --threads has been set; raises UserError without the device."""
+    """Set --threads, and return the device of --device.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    return choose_device(flags.device)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `--device name` asks for; raises UserError if this machine lacks it."""
+    name = flags.device
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

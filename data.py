@@ -148,8 +148,10 @@ def load_data(
     return Data(name, *splits, list(classes), mean, std, "; ".join(notes), content, drawn)
 
 
-def stratified_split(labels, indices, fraction, what: str, advice: str, classes: list[str]):
+def stratified_split(labels, indices, fraction, what, advice, classes, *, every=False):
     """Split `indices` in two, stratified by label; the second part gets `fraction` of them.
+
+    `every`: images of each class are needed in the second part.
 
     Raises:
         UserError: too few images. The message begins with `what`, ends with `advice`, and names the
@@ -164,13 +166,18 @@ def stratified_split(labels, indices, fraction, what: str, advice: str, classes:
             stratify=labels[indices].numpy(),
             random_state=SPLIT_SEED,
         )
+        enough = not every or len(labels[second].unique()) == len(labels[indices].unique())
     except ValueError:
-        counts = torch.bincount(labels[indices], minlength=len(classes))
+        enough = False
+    if not enough:
+        counts = {
+            classes[label]: int((labels[indices] == label).sum()) for label in labels.unique()
+        }
+        name = min(counts, key=counts.get)
         raise UserError(
-            f"{what} {fraction} of {len(indices)} images leaves a class without an image "
-            f"in one part; the smallest is {classes[counts.argmin()]!r}, with {counts.min()}: add "
-            f"images, or {advice}"
-        ) from None
+            f"{what} {fraction} of {len(indices)} images leaves a class without an image in one "
+            f"part; the smallest is {name!r}, with {counts[name]}: add images, or {advice}"
+        )
     return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
 
 
@@ -182,13 +189,9 @@ def _folder_splits(listing: Listing, root: Path) -> tuple[torch.Tensor, dict]:
         return labels, {"train": torch.arange(0)} | parts
     what, advice = f"--data-dir {root}: a test split of", "make folders train/ and test/"
     everything = torch.arange(len(labels))
-    train, test = stratified_split(labels, everything, TEST_FRACTION, what, advice, listing.classes)
-    missing = set(labels.tolist()) - set(labels[test].tolist())
-    if missing:
-        raise UserError(
-            f"--data-dir {root}: class {listing.classes[min(missing)]!r} has too few images for a "
-            f"test split of {TEST_FRACTION:.0%}: add some, or {advice}"
-        )
+    train, test = stratified_split(
+        labels, everything, TEST_FRACTION, what, advice, listing.classes, every=True
+    )
     listing.notes.append(f"{TEST_FRACTION:.0%} of the images are the test split")
     return labels, {"train": train, "test": test}
 

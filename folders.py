@@ -30,13 +30,15 @@ MOST_NAMED = 10  # files in a message
 SAMPLE_FORMAT, PHOTOMETRIC, SAMPLES = 339, 262, 277  # tags of a TIFF
 # What Pillow raises for damaged files and metadata: found by damaging half a million.
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, EOFError, struct.error)
+DAMAGED += (Image.DecompressionBombError,)
+ADVICE = "replace it, or remove it"
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long texts are no reason to refuse
 
 
 class BadImageError(UserError):
     """A file that cannot be used: its path, the reason, and what to do."""
 
-    def __init__(self, path, reason: str, advice: str = "replace it, or remove it"):
+    def __init__(self, path, reason: str, advice: str):
         self.reason = f"{path}: {reason}"
         super().__init__(f"{self.reason}; {advice}")
 
@@ -326,18 +328,8 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
             image.load()
             with contextlib.suppress(*DAMAGED):  # its pixels count, not its metadata
                 ImageOps.exif_transpose(image, in_place=True)
-    except FileNotFoundError:
-        raise BadImageError(path, "no such file", "check its name") from None
-    except IsADirectoryError:
-        raise BadImageError(path, "is a folder", "name image files") from None
-    except PermissionError:
-        raise BadImageError(path, "may not be read", "change its permissions") from None
-    except UnidentifiedImageError:
-        raise BadImageError(path, *_what_it_is(path)) from None
-    except Image.DecompressionBombError:
-        raise BadImageError(path, "more than 178 megapixels", "make it smaller") from None
     except DAMAGED as error:
-        raise BadImageError(path, f"cannot be read ({error})") from None
+        raise BadImageError(path, *_reason(error, path)) from None
     found = [str(warning.message) for warning in caught]
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if tags.get(SAMPLES, 1) > len(image.getbands()):
@@ -355,15 +347,23 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
     return image
 
 
-def _what_it_is(path) -> tuple[str, str]:
-    """The reason why Pillow does not know a file, and what to do."""
-    with Path(path).open("rb") as file:
-        start = file.read(12)
-    if start[:4] in (b"II*\0", b"MM\0*"):
-        return "a TIFF of bands or bits that Pillow does not read", "save it as 8-bit RGB"
-    if start[4:11] in (b"ftyphei", b"ftypmif"):
-        return "a HEIC image", "save it as JPEG or PNG"
-    return "not an image", "replace it, or remove it"
+def _reason(error: Exception, path) -> tuple[str, str]:
+    """Why a file cannot be read, and what to do."""
+    if isinstance(error, UnidentifiedImageError):
+        with Path(path).open("rb") as file:
+            start = file.read(12)
+        if start[:4] in (b"II*\0", b"MM\0*"):
+            return "a TIFF of bands or bits that Pillow does not read", "save it as 8-bit RGB"
+        if start[4:11] in (b"ftyphei", b"ftypmif"):
+            return "a HEIC image", "save it as JPEG or PNG"
+        return "not an image", ADVICE
+    known = {
+        FileNotFoundError: ("no such file", "check its name"),
+        IsADirectoryError: ("is a folder", "name image files"),
+        PermissionError: ("may not be read", "change its permissions"),
+        Image.DecompressionBombError: ("more than 178 megapixels", "make it smaller"),
+    }
+    return known.get(type(error), (f"cannot be read ({error})", ADVICE))
 
 
 def _largest(image: Image.Image) -> int:

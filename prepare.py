@@ -18,6 +18,7 @@ from cli import (
     choose_amp,
     expand_patterns,
     make_out_dir,
+    naming,
     printable,
     quoted,
     refuse_inside,
@@ -115,10 +116,8 @@ def load_weights(network: nn.Module, path: Path, name: str, config: dict, classe
     Raises:
         UserError: the checkpoint cannot be read.
     """
-    try:
+    with naming("--init"):
         source, checkpoint = load_model(path)
-    except UserError as error:
-        raise UserError(f"--init {error}") from None
     weights, note = source.state_dict(), f"starting from the weights of {path}"
     if checkpoint["classes"] != classes:
         more = build_model(name, config | {"classes": len(classes) + 1}).state_dict()
@@ -193,10 +192,8 @@ def load_teacher(path: Path, out_dir: Path, metadata: dict, model: nn.Module) ->
         raise UserError(
             f"--teacher {path} is in --out-dir, where it would be overwritten: choose another"
         )
-    try:
+    with naming("--teacher"):
         teacher, checkpoint = load_model(path, next(model.parameters()).device)
-    except UserError as error:
-        raise UserError(f"--teacher {error}") from None
     if not same_kind_of_images(metadata, checkpoint, 0.02):
         raise UserError(
             f"--teacher {path}: it was trained on other images, sizes or classes "
@@ -279,11 +276,6 @@ def load_data_for(
     if not (name or trained_on["name"]):
         raise UserError(f"{models[0].name} does not know its data: name them (--dataset)")
     root = Path(data_dir or trained_on["data_dir"]).resolve()
-    if data_dir is None and (name or trained_on["name"]) == "folder" and not root.is_dir():
-        raise UserError(
-            f"{models[0].name} was trained on the folder {trained_on['data_dir']}, which is "
-            "missing: name the folder of its images (--data-dir), or other data (--dataset)"
-        )
     moved = trained_on["name"] == "folder" and root != Path(trained_on["data_dir"]).resolve()
     own = name in (None, trained_on["name"]) and not moved
     data = load_data(

@@ -17,6 +17,7 @@ from cli import (
     as_flags,
     file_type,
     integer,
+    naming,
     non_negative,
     path_type,
     positive,
@@ -168,10 +169,8 @@ def load_run(out_dir: Path, model_name: str) -> dict:
         empty = not list(out_dir.glob("*.pt"))
         advice = "check --out-dir, or omit --resume" if empty else "or start again: --overwrite"
         raise UserError(f"--resume: there is no file {path}: {advice}")
-    try:
+    with naming("--resume:", "; or start again (--overwrite)"):
         checkpoint = load_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"--resume: {error}; or start again (--overwrite)") from None
     if checkpoint["optimizer"] is None or "epochs" not in checkpoint["settings"]:
         raise UserError(
             f"--resume: {path} holds weights only, not a training: start again (--overwrite)"
@@ -190,10 +189,8 @@ def network_of(path: Path, model_name: str, typed: dict, defaults: dict) -> dict
     Raises:
         UserError: it cannot be read, is another network, or a typed flag differs.
     """
-    try:
+    with naming("--init"):
         checkpoint = load_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"--init {error}") from None
     if checkpoint["model_name"] != model_name:
         raise UserError(
             f"--init {path} is a {checkpoint['model_name']}: use "

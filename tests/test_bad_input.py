@@ -73,7 +73,7 @@ FOLDERS = {
     ),
     "two images of a class": (
         lambda root: (folder_of(root, "cat", count=100), folder_of(root, "dog", count=2)),
-        "class 'dog' has too few images for a test split",
+        "the smallest is 'dog', with 2: add images",
     ),
     "a name that cannot be printed": (
         lambda root: folder_of(root, "cat", "d\x07g"),
