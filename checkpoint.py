@@ -20,7 +20,7 @@ import torch
 import torchvision
 from torch import nn
 
-from cli import Parser, UserError, command, path_type, run, warn, writing
+from cli import Parser, UserError, command, composed, path_type, refuse_inside, run, warn, writing
 from models import build_model, check_intermediates
 
 METADATA = {  # known before training starts
@@ -264,6 +264,7 @@ def load_checkpoint(path: str | Path) -> dict:
     optional = {key: kind for key, kind in OPTIONAL.items() if key in entries}
     if wrong := wrong_key(entries, KEYS | optional):
         raise UserError(f"{path}: not a checkpoint of this project ({wrong!r} missing or wrong)")
+    checkpoint["classes"] = list(map(composed, checkpoint["classes"]))
     if not checkpoint["history"]:
         raise UserError(f"{path}: its training has not finished an epoch")
     return checkpoint
@@ -381,6 +382,7 @@ def main(argv=None):
     add("target", type=path_type, metavar="TARGET", help="file to write")
     args = parser.parse_args(argv)
     _, checkpoint = load_model(args.source, strict=True)
+    refuse_inside(args.target)
     if args.target.exists():
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")
     if not args.target.parent.is_dir():

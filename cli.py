@@ -59,7 +59,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if no_default else super()._get_help_string(action)
 
 
-# What a running command cleans up at its end; each thread has its own.
+# What a running command cleans up at its end, for each thread.
 _at_end: contextvars.ContextVar[contextlib.ExitStack] = contextvars.ContextVar("at_end")
 
 
@@ -174,11 +174,7 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path | str):
-    """Name `path` in the error if something in the block cannot be written.
-
-    Raises:
-        UserError: in place of an OSError; it says what to do.
-    """
+    """Raise a UserError that names `path`, in place of an OSError in the block."""
     try:
         yield
     except OSError as error:
@@ -191,21 +187,26 @@ def writing(path: Path | str):
         raise UserError(f"{path}: cannot be written ({reason}): {advice}") from None
 
 
-def refuse_inside(folder: Path, images: Path | None) -> None:
-    """Raise UserError if `folder` is in `images`, a folder data set: it would become a class."""
-    if images is not None and folder.resolve().is_relative_to(images.resolve()):
-        advice = "results there would be read as images: choose another"
-        raise UserError(f"--out-dir {folder} is in the folder of images {images}: {advice}")
+def refuse_inside(folder: Path, images: Path | None = None) -> None:
+    """Raise UserError if `folder` is in `images`, or in images that have been decoded before."""
+    for place in (folder.resolve(), *folder.resolve().parents):
+        if (images is not None and place == images.resolve()) or any(place.glob(".cache-*.bin")):
+            raise UserError(
+                f"--out-dir {folder} is in the folder of images {place}, where results would be "
+                "read as images: choose another"
+            )
 
 
-def make_out_dir(folder: Path) -> None:
+def make_out_dir(folder: Path, images: Path | None = None) -> None:
     """Make `folder` and check that it is writable, before an hour of training is lost.
 
     Until the command ends no other may use the folder as its --out-dir.
 
     Raises:
-        UserError: it is a file, cannot be made or written, is in use, or has an undecodable name.
+        UserError: it is a file, cannot be made or written, is in use, has an undecodable name, or
+            is in a folder data set (`images`, if it is not known from its cache).
     """
+    refuse_inside(folder, images)
     if str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"--out-dir {folder}: TensorBoard needs a name in UTF-8: choose another")
     with writing(f"--out-dir {folder}"):
@@ -213,17 +214,17 @@ def make_out_dir(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     if stack := _at_end.get(None):
-        stack.enter_context(locked(folder))
+        stack.enter_context(locked(folder / ".lock"))
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False):
-    """Keep other programs that call this out of `folder`, for the length of the block.
+def locked(path: Path, *, wait: bool = False):
+    """Let no other program that calls this with `path` run the block at the same time.
 
     The lock ends with the process, however that ends. Where a file system has none, there is none.
 
     Args:
-        folder: it must exist.
+        path: a folder, or a file, which is made if it is not there.
         wait: wait for the other program.
 
     Raises:
@@ -232,15 +233,15 @@ def locked(folder: Path, *, wait: bool = False):
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise UserError(
-                    f"{folder}: another program is writing there: wait for it, or choose another "
-                    "--out-dir"
+                    f"{path.parent}: another program is writing there: wait for it, or choose "
+                    "another --out-dir"
                 ) from None
         yield
     finally:
@@ -255,6 +256,11 @@ def printable(text) -> str:
         else c
         for c in str(text)
     )
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC). macOS may have é as e and an accent."""
+    return unicodedata.normalize("NFC", name)
 
 
 def file_name(stem: str, suffix: str) -> str:
@@ -279,17 +285,6 @@ def quoted(names) -> str:
     """Up to four of the names, sorted and quoted, for a message; "none" for no names."""
     first = ", ".join(map(repr, sorted(names)[:4]))
     return first + (", ..." if len(names) > 4 else "") or "none"
-
-
-def as_flags(values: dict) -> str:
-    """{"patch_size": 8, "flip": False} as "--patch-size 8 --no-flip"."""
-    words = []
-    for key, value in values.items():
-        flag = "--no-" if value is False else "--"
-        words.append(flag + key.replace("_", "-"))
-        if not isinstance(value, bool):
-            words += map(str, value if isinstance(value, list) else [value])
-    return " ".join(words)
 
 
 # ---------------------------------------------------------------- types of flags

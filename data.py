@@ -122,11 +122,12 @@ def load_data(
         images, labels, parts = _load_digits()
         classes = [str(digit) for digit in range(10)]
     elif name == "folder":
-        listing = list_images(data_dir, classes)
-        labels, parts = _folder_splits(listing, data_dir)
+        _refuse_cifar10(data_dir)
+        listing = list_images(data_dir, test_alone=classes is not None)
+        classes = _folder_classes(data_dir, listing, classes)
+        labels, parts = _folder_splits(data_dir, listing, classes)
         images, content = decoded_images(data_dir, listing, image_size)
-        classes, notes = listing.classes, listing.notes
-        files = [file.path for file in listing.files]
+        notes, files = listing.notes, [file.path for file in listing.files]
     else:
         raise UserError(f"--dataset {name}: unknown; use cifar10, digits or folder")
 
@@ -176,24 +177,60 @@ def stratified_split(labels, indices, fraction, what, advice, classes, *, every=
         name = min(counts, key=counts.get)
         raise UserError(
             f"{what} {fraction} of {len(indices)} images leaves a class without an image in one "
-            f"part; the smallest is {name!r}, with {counts[name]}: add images, or {advice}"
+            f"part; of {len(counts)} classes the smallest is {name!r}, with {counts[name]}: add "
+            f"images, or {advice}"
         )
     return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
 
 
-def _folder_splits(listing: Listing, root: Path) -> tuple[torch.Tensor, dict]:
+def _folder_classes(root: Path, listing: Listing, classes: list[str] | None) -> list[str]:
+    """`classes` or, if they are None, those of the training images.
+
+    Raises:
+        UserError: one class, or a split with a class that is not known.
+    """
+    names = {
+        part: {listing.files[row].class_name for row in rows}
+        for part, rows in listing.parts.items()
+    }
+    known = classes or sorted(next(iter(names.values())))  # train/ comes first, or "all"
+    if len(known) < 2:
+        raise UserError(f"--data-dir {root}: there is one class, {known[0]!r}; two are needed")
+    for part, found in names.items():
+        other = min(found - set(known), default=None)
+        if other is not None:
+            advice = f"is in {part}/ but not in train/: add it there, or remove it"
+            if classes:
+                advice = (
+                    f"is none of the checkpoint's {len(classes)}: choose its own data "
+                    "(--dataset, --data-dir)"
+                )
+            raise UserError(f"--data-dir {root}: class {other!r} {advice}")
+    return known
+
+
+def _folder_splits(root: Path, listing: Listing, classes: list[str]) -> tuple[torch.Tensor, dict]:
     """Labels (M,) and the indices of each split; a folder of one level gets a test split."""
-    labels = torch.tensor(listing.labels)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([numbers[file.class_name] for file in listing.files])
     if "all" not in listing.parts:
         parts = {part: torch.arange(r.start, r.stop) for part, r in listing.parts.items()}
         return labels, {"train": torch.arange(0)} | parts
     what, advice = f"--data-dir {root}: a test split of", "make folders train/ and test/"
     everything = torch.arange(len(labels))
     train, test = stratified_split(
-        labels, everything, TEST_FRACTION, what, advice, listing.classes, every=True
+        labels, everything, TEST_FRACTION, what, advice, classes, every=True
     )
     listing.notes.append(f"{TEST_FRACTION:.0%} of the images are the test split")
     return labels, {"train": train, "test": test}
+
+
+def _refuse_cifar10(root: Path) -> None:
+    """Raise UserError if a folder data set is CIFAR-10's own files."""
+    archive = root if (root / "batches.meta").exists() else root / CIFAR10.base_folder
+    if archive.is_dir() and not holds_images(root):
+        advice = f"use --dataset cifar10 --data-dir {archive.parent}"
+        raise UserError(f"--data-dir {root}: this is CIFAR-10 itself: {advice}")
 
 
 def _load_cifar10(root: Path):

@@ -32,6 +32,7 @@ from cli import (
     add_data_flags,
     add_device_flags,
     command,
+    make_out_dir,
     name_type,
     path_type,
     run,
@@ -40,7 +41,7 @@ from cli import (
 )
 from figures import plot_confusion, plot_counts, plot_curves, plot_examples
 from models import count_parameters
-from prepare import TrainedModel, load_data_for, load_models, make_results_dir
+from prepare import TrainedModel, load_data_for, load_models
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
@@ -167,7 +168,8 @@ def main(argv=None):
     add_device_flags(parser)
     args = parser.parse_args(argv)
     models = load_models(args.checkpoints, use_device(args))
-    make_results_dir(args.out_dir, models, args.dataset, args.data_dir)
+    dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
+    make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None)
 
     # 2. Gather.
     data = load_data_for(models, args.dataset, args.data_dir, args.split)

@@ -30,9 +30,11 @@ from cli import (
     add_data_flags,
     add_device_flags,
     command,
+    composed,
     expand_patterns,
     file_name,
     integer,
+    make_out_dir,
     name_type,
     path_type,
     printable,
@@ -44,12 +46,11 @@ from cli import (
 )
 from data import Data, Split
 from figures import overlay, plot_attention_heads, plot_attention_layers, plot_explanations, shorten
-from folders import read_image
+from folders import DARK, dark_remark, read_image
 from prepare import (
     TrainedModel,
     load_data_for,
     load_models,
-    make_results_dir,
     refuse_different,
 )
 
@@ -88,7 +89,7 @@ def parse_arguments(argv) -> argparse.Namespace:
     with_target = [name for name, method in METHODS.items() if method.takes_target]
     if args.target and args.method and not set(args.method) & set(with_target):
         parser.error(f"--target is for {' and '.join(with_target)}: add one, or omit --target")
-    args.target = list(dict.fromkeys(args.target or ["predicted"]))
+    args.target = list(dict.fromkeys(map(composed, args.target or ["predicted"])))
     if args.images and "true" in args.target:
         parser.error("--target true: --images have no labels; use predicted or a class's name")
     return args
@@ -143,7 +144,8 @@ def choose_test_images(models: list[TrainedModel], data: Data, show: str, count:
     """
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     chosen = order if show == "any" else order[:0]  # "any" needs no search
-    for part in tqdm(order.split(256), f"finding {show} images", leave=False, disable=None):
+    parts = order.split(256) if show != "any" else ()
+    for part in tqdm(parts, f"finding {show} images", leave=False, disable=None):
         if len(chosen) >= count:
             break
         split = data.test.subset(part)
@@ -189,6 +191,8 @@ def read_photographs(paths: list[str], models: list[TrainedModel]) -> Examples:
         except UserError as error:
             print(f"error: {printable(error)}", file=sys.stderr)
             continue
+        if photo.info.get("largest", DARK) < DARK:
+            remarks.append(dark_remark(path, photo.info["largest"]))
         if len(pictures) < LARGEST_FIGURE[0]:
             pictures.append(middle_square(photo, 512))
         small.append(np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC)))
@@ -302,7 +306,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     models = load_models(args.checkpoints, use_device(args))
     methods = choose_methods(models, args)
-    make_results_dir(args.out_dir, models, args.dataset, args.data_dir)
+    dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
+    make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None)
 
     # 2. Gather the images: photographs, or some of the test split.
     if args.images:

@@ -5,21 +5,22 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import json
+import math
 import os
 import struct
-import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from cli import UserError, locked, printable, quoted, warn, writing
+from cli import UserError, composed, locked, naming, printable, quoted, warn, writing
 
 SPLITS = {  # names of the folders of a split
     "train": ("train", "training"),
@@ -27,20 +28,15 @@ SPLITS = {  # names of the folders of a split
     "test": ("test", "testing"),
 }
 MOST_NAMED = 10  # files in a message
-SAMPLE_FORMAT, PHOTOMETRIC, SAMPLES = 339, 262, 277  # tags of a TIFF
+DARK = 2**14  # of 65,535: 16-bit images below look black, and hold fewer bits
+BITS, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339  # tags of a TIFF
 # What Pillow raises for damaged files and metadata: found by damaging half a million.
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, EOFError, struct.error)
 DAMAGED += (Image.DecompressionBombError,)
-ADVICE = "replace it, or remove it"
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long texts are no reason to refuse
 
 
 class BadImageError(UserError):
-    """A file that cannot be used: its path, the reason, and what to do."""
-
-    def __init__(self, path, reason: str, advice: str):
-        self.reason = f"{path}: {reason}"
-        super().__init__(f"{self.reason}; {advice}")
+    """An image file that cannot be used."""
 
 
 class ImageFile(NamedTuple):
@@ -58,92 +54,66 @@ class Listing:
 
     files: list[ImageFile]
     parts: dict[str, range]  # positions in `files` of each split; "all" without such folders
-    classes: list[str]
     notes: list[str]  # what the reader should know, e.g. how many files were skipped
-
-    @property
-    def labels(self) -> list[int]:
-        """A class number per file."""
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        return [numbers[file.class_name] for file in self.files]
 
 
 # ---------------------------------------------------------------- which files
 
 
-def list_images(root: Path, classes: list[str] | None = None) -> Listing:
+def list_images(root: Path, *, test_alone: bool = False) -> Listing:
     """All images in `root/<split>/<class>/`, or in `root/<class>/`.
 
     Args:
         root: the folder.
-        classes: those of the networks to measure. Then `root/train` may be missing, and there may
-            be fewer classes, but no others. None: the classes of the training images.
+        test_alone: `root/train` may be missing.
 
     Raises:
-        UserError: no such folder, no images, one class, a class that is not known, or images that
-            would be ignored.
+        UserError: no such folder, no images, or images that would be ignored.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "there is no such folder"
         raise UserError(f"--data-dir {root}: {what}")
-    archive = root if (root / "batches.meta").exists() else root / "cifar-10-batches-py"
-    if archive.is_dir() and not holds_images(root):
-        advice = f"use --dataset cifar10 --data-dir {archive.parent}"
-        raise UserError(f"--data-dir {root}: this is CIFAR-10 itself: {advice}")
     files, parts, skipped = [], {}, collections.Counter()
-    splits = _split_folders(root, classes)
+    splits = _split_folders(root, test_alone)
+    for folder in {root, *splits.values()}:
+        for path in folder.iterdir():
+            skipped["links to missing files"] += path.is_symlink() and not path.exists()
+            skipped["images in no class's folder"] += path.is_file() and _is_image(path.name)
     for part, folder in splits.items():
         found = [file for each in _folders(folder) for file in _images(each, part, skipped)]
         if not found:
             raise UserError(f"--data-dir {root}: no images in {folder}/<class>/, such as cat/1.jpg")
         parts[part] = range(len(files), len(files) + len(found))
         files += found
-        for path in folder.iterdir():
-            skipped["links to missing files"] += path.is_symlink() and not path.exists()
-            skipped["images in no class's folder"] += path.is_file() and _is_image(path.name)
     notes = [f"skipped {reason}: {count}" for reason, count in skipped.items() if count]
     unused = {path.name for path in _folders(root)} - {path.name for path in splits.values()}
     if unused and "all" not in splits:
         notes.append(f"not used: {quoted(unused)}")
-    first = parts[next(iter(parts))]  # train/, or all
-    known = classes or sorted({files[row].class_name for row in first})
-    if len(known) < 2:
-        raise UserError(f"--data-dir {root}: there is one class, {known[0]!r}; two are needed")
-    for part, rows in parts.items():
-        others = {files[row].class_name for row in rows} - set(known)
-        if others and classes:
-            raise UserError(
-                f"--data-dir {root}: the checkpoint's {len(classes)} classes do not have "
-                f"{quoted(others)}: choose its own data (--dataset, --data-dir)"
-            )
-        if others:
-            raise UserError(
-                f"--data-dir {root}: class {min(others)!r} is in {part}/ but not in train/: add it "
-                "there, or remove it"
-            )
-    return Listing(files, parts, known, notes)
+    return Listing(files, parts, notes)
 
 
-def _split_folders(root: Path, classes: list[str] | None) -> dict[str, Path]:
+def _split_folders(root: Path, test_alone: bool) -> dict[str, Path]:
     """The folder of each split; {"all": root} if the folders in `root` are classes."""
-    folders, splits = _folders(root), {}
-    for part, names in SPLITS.items():
-        # Without folders in it, only these very names are splits: "Training" may be a class.
-        found = [f for f in folders if f.name == part or (f.name.lower() in names and _folders(f))]
-        if len(found) > 1:
-            both = f"{found[0].name}/ and {found[1].name}/ are both {part} images"
+    folders = _folders(root)
+    found = {part: [f for f in folders if f.name.lower() in SPLITS[part]] for part in SPLITS}
+    nested = any(_folders(folder) for same in found.values() for folder in same)
+    if not nested:  # only these very names are splits: "Training" may be a class
+        found = {part: [f for f in folders if f.name == part] for part in SPLITS}
+    splits = {part: same[0] for part, same in found.items() if same}
+    for part, same in found.items():
+        if len(same) > 1:
+            both = f"{same[0].name}/ and {same[1].name}/ are both {part} images"
             raise UserError(f"--data-dir {root}: {both}: keep one")
-        if found:
-            splits[part] = found[0]
     # Without train/ and test/ the folders are classes. So they are if train/ has no folders in it
     # and other folders are beside it: then a class is called train.
-    nested = any(_folders(folder) for folder in splits.values())
-    if not {"train", "test"} & set(splits) or (len(folders) > len(splits) and not nested):
+    if not nested and (len(folders) > len(splits) or not {"train", "test"} & set(splits)):
         return {"all": root}
-    if ("train" not in splits and classes is None) or "test" not in splits:
+    if ("train" not in splits and not test_alone) or "test" not in splits:
         missing = "test" if "train" in splits else "train"
         advice = "add it, or put the classes' folders directly there"
-        if "val" in splits:
+        if (root / missing).is_symlink():
+            advice = "it is a link to a missing folder"
+        elif "val" in splits:
             advice = f"add it, for example with some of the images of {splits['val'].name}/"
         raise UserError(
             f"--data-dir {root}: there is no folder {missing}/<class>/ beside "
@@ -158,18 +128,13 @@ def holds_images(root: Path) -> bool:
     return any(map(_is_image, found))
 
 
-def _composed(name: str) -> str:
-    """A name from disk in Unicode's composed form (NFC); macOS may use the other one."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
 
 
 def _folders(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    return sorted(found, key=lambda path: _composed(path.name))
+    return sorted(found, key=lambda path: composed(path.name))
 
 
 def _images(directory: Path, part: str, skipped: collections.Counter) -> list[ImageFile]:
@@ -182,31 +147,33 @@ def _images(directory: Path, part: str, skipped: collections.Counter) -> list[Im
         raise UserError(
             f"{directory.parent}: the folder name {directory.name!r} cannot be printed; rename it"
         )
-    class_name = _composed(directory.name)
+    class_name = composed(directory.name)
     found = []
     with os.scandir(directory) as entries:
-        for entry in sorted(entries, key=lambda entry: _composed(entry.name)):
+        for entry in sorted(entries, key=lambda entry: composed(entry.name)):
             if entry.name.startswith("."):  # such as the ._x.jpg of macOS
                 skipped["hidden files"] += 1
+            elif entry.is_symlink() and not Path(entry.path).exists():
+                skipped["links to missing files"] += 1
             elif entry.is_dir():
                 deep = sum(_is_image(f) for _, _, files in os.walk(entry.path) for f in files)
                 if deep:
                     raise UserError(
-                        f"{entry.path}: images a level too deep: {deep}. Move them up into "
-                        f"{directory}, or give --data-dir the folder above the classes"
+                        f"{entry.path}: images a level too deep: {deep}. --data-dir is the folder "
+                        "above the classes, or above train/ and test/: use that, or move images"
                     )
-            elif entry.is_symlink() and not Path(entry.path).exists():
-                skipped["links to missing files"] += 1
             elif not _is_image(entry.name) or not entry.is_file():
                 skipped[f"files that are not {' '.join(IMG_EXTENSIONS)}"] += 1
             else:
                 stat = entry.stat()
                 stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-                name = f"{part}/{class_name}/{_composed(entry.name)}"
+                name = f"{part}/{class_name}/{composed(entry.name)}"
                 found.append(ImageFile(entry.path, name, class_name, stamp))
     if not found:
+        there = "".join(f"; {count} {reason}" for reason, count in skipped.items() if count)
         raise UserError(
-            f"{directory}: no images ({' '.join(IMG_EXTENSIONS)}): add some, or remove the folder"
+            f"{directory}: no images ({' '.join(IMG_EXTENSIONS)}{there}): add some, or remove the "
+            "folder"
         )
     return found
 
@@ -226,7 +193,7 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
         UserError: files cannot be read, or the cache cannot be written or is damaged.
     """
     stamps = digest_of([f"{file.name} {file.stamp}" for file in listing.files])
-    name = f".cache-{size}-{stamps}.npy"
+    name, shape = f".cache-{size}-{stamps}.bin", (len(listing.files), 3, size, size)
     elsewhere = Path(torch.hub.get_dir()).parent / "images" / digest_of([str(root.resolve())])
     for folder in (root, elsewhere):
         cache = folder / name
@@ -239,18 +206,19 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
             except OSError as error:
                 if folder == root and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                     continue
-                with writing(cache):
+                with naming(f"--data-dir {root}:", " (TORCH_HOME)"), writing(cache):
                     raise
         if folder != root:
             listing.notes.append(f"decoded images are kept in {folder}")
         break
-    try:
+    facts = {}
+    with contextlib.suppress(ValueError, FileNotFoundError):
         facts = json.loads(cache.with_suffix(".json").read_text())
-        images = np.load(cache, mmap_mode="c")  # copy-on-write: PyTorch warns of read-only arrays
-    except (ValueError, EOFError, FileNotFoundError):
-        raise UserError(f"{cache}: damaged; remove it, and it will be made again") from None
+    if cache.stat().st_size != math.prod(shape) or {"content", "remarks"} - set(facts or {}):
+        raise UserError(f"{cache}: damaged; remove it, and it will be made again")
     for remark in facts["remarks"]:
         warn(remark)
+    images = np.memmap(cache, np.uint8, "c", shape=shape)  # PyTorch warns of read-only arrays
     return torch.from_numpy(images), facts["content"]
 
 
@@ -261,9 +229,6 @@ def _make_cache(cache: Path, listing: Listing, size: int) -> None:
     partial = cache.with_suffix(".tmp")
     try:
         with partial.open("wb") as file:
-            shape = (len(listing.files), 3, size, size)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
             cache.with_suffix(".json").write_text(json.dumps(_decode(listing, size, file)))
             file.flush()
             os.fsync(file.fileno())
@@ -292,12 +257,11 @@ def _decode(listing: Listing, size: int, target) -> dict:
         with Path(file.path).open("rb") as source:
             contents.append(f"{file.name} {hashlib.file_digest(source, 'sha256').hexdigest()}")
     if bad:
-        reasons = ", ".join(error.reason for error in bad)
-        several = f"{len(bad)} files cannot be used; replace or remove them: {reasons}"
+        first = "the first " if len(bad) == MOST_NAMED else ""
+        several = f"{first}{len(bad)} files that cannot be used: {', '.join(map(str, bad))}"
         raise bad[0] if len(bad) == 1 else UserError(several)
-    if deep and max(deep) < 2**14:
-        text = f"{len(deep)} images have 16 bits, but their largest value is {max(deep)} of 65,535"
-        remarks.insert(0, f"{text}: if they hold fewer bits, convert them to 8 bits first")
+    if deep and max(deep) < DARK:
+        remarks.insert(0, dark_remark(f"{len(deep)} images", max(deep)))
     if len(remarks) > MOST_NAMED:
         remarks[MOST_NAMED:] = [f"... and {len(remarks) - MOST_NAMED} more"]
     return {"content": digest_of(contents), "remarks": remarks}
@@ -321,80 +285,113 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
         BadImageError: the file is missing, or not an image that Pillow can read.
     """
     try:
-        with warnings.catch_warnings(record=True) as caught, Image.open(path) as image:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)  # such as "Corrupt EXIF data"
-            deep = ";16" in str(image.tile)  # before the file is read
-            image.load()
-            with contextlib.suppress(*DAMAGED):  # its pixels count, not its metadata
-                ImageOps.exif_transpose(image, in_place=True)
+            try:
+                image, found = _load(path)
+            except DAMAGED:
+                image, found = _load(_critical_chunks(path))  # its pixels count, not its metadata
     except DAMAGED as error:
-        raise BadImageError(path, *_reason(error, path)) from None
-    found = [str(warning.message) for warning in caught]
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
-    if tags.get(SAMPLES, 1) > len(image.getbands()):
-        found.append(f"only {len(image.getbands())} of its {tags[SAMPLES]} bands are used")
+        raise BadImageError(f"{path}: {_reason(error, path)}") from None
+    found += [str(warning.message) for warning in caught]
     if remarks is not None:
         remarks += [f"{path}: {text}" for text in found]
     try:
-        largest = _largest(image) if deep else None
-        image = to_rgb(image, tags)
+        image = to_rgb(image)
     except ValueError as error:
-        raise BadImageError(path, str(error), "convert it to 8 bits") from None
-    image.info = {} if largest is None else {"largest": largest}
+        raise BadImageError(f"{path}: {error}; convert it to 8 bits") from None
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image
 
 
-def _reason(error: Exception, path) -> tuple[str, str]:
+def _reason(error: Exception, path) -> str:
     """Why a file cannot be read, and what to do."""
-    if isinstance(error, UnidentifiedImageError):
+    start = b""
+    if isinstance(error, UnidentifiedImageError | ValueError):
         with Path(path).open("rb") as file:
             start = file.read(12)
-        if start[:4] in (b"II*\0", b"MM\0*"):
-            return "a TIFF of bands or bits that Pillow does not read", "save it as 8-bit RGB"
-        if start[4:11] in (b"ftyphei", b"ftypmif"):
-            return "a HEIC image", "save it as JPEG or PNG"
-        return "not an image", ADVICE
-    known = {
-        FileNotFoundError: ("no such file", "check its name"),
-        IsADirectoryError: ("is a folder", "name image files"),
-        PermissionError: ("may not be read", "change its permissions"),
-        Image.DecompressionBombError: ("more than 178 megapixels", "make it smaller"),
-    }
-    return known.get(type(error), (f"cannot be read ({error})", ADVICE))
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "a TIFF of bands or bits that Pillow does not read; save it as 8-bit RGB"
+    if start[4:11] in (b"ftyphei", b"ftypmif"):
+        return "a HEIC image; save it as JPEG or PNG"
+    return {
+        FileNotFoundError: "no such file; check its name",
+        IsADirectoryError: "is a folder; name image files",
+        PermissionError: "may not be read; change its permissions",
+        Image.DecompressionBombError: "more than 178 megapixels; make it smaller",
+        UnidentifiedImageError: "not an image; replace it, or remove it",
+    }.get(type(error), f"cannot be read ({error}); replace it, or remove it")
 
 
-def _largest(image: Image.Image) -> int:
-    """The largest value, of 65,535, in a file of 16 bits; Pillow has colours of 8 bits of them."""
-    extrema = np.array(image.getextrema()).reshape(-1, 2)[:, 1]
-    colors = [n for band, n in zip(image.getbands(), extrema, strict=True) if band != "A"]
-    return int(max(colors)) * (1 if image.mode[0] == "I" else 257)
+def _load(file) -> tuple[Image.Image, list[str]]:
+    """An image with its pixels, upright, and what is left out of it."""
+    with Image.open(file) as image:
+        wide = image.mode[:1] == "I" or ";16" in str(image.tile)  # known only before it is read
+        image.load()
+        with contextlib.suppress(*DAMAGED):
+            ImageOps.exif_transpose(image, in_place=True)
+        found, bands, pages = [], len(image.getbands()), 1
+        if image.format == "TIFF":
+            samples, pages = image.tag_v2.get(SAMPLES, 1), image.n_frames
+            if samples > bands:
+                found.append(f"only {bands} of its {samples} bands are used")
+            if pages > 1:
+                found.append(f"only the first of its {pages} pages is used")
+        if wide:  # Pillow keeps 8 of the 16 bits of colours
+            values = np.asarray(image if image.mode[0] == "I" else image.convert("RGB"))
+            image.info["largest"] = int(values.max()) * (1 if image.mode[0] == "I" else 257)
+    return image, found
 
 
-def to_rgb(image: Image.Image, tags=()) -> Image.Image:
+def _critical_chunks(path) -> io.BytesIO:
+    """A PNG file without its optional parts, such as texts; any other file as it is."""
+    data = Path(path).read_bytes()
+    if not data.startswith(b"\x89PNG"):
+        return io.BytesIO(data)
+    kept, at = data[:8], 8
+    while at < len(data):
+        length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        end = at + 12 + length
+        kept += data[at:end] if kind[:1].isupper() or kind == b"tRNS" else b""
+        at = end
+    return io.BytesIO(kept)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: 16 bits become 8, transparent pixels are laid over white.
-
-    `tags` are those of a TIFF.
 
     Raises:
         ValueError: the range of its values is unknown.
     """
-    tags = dict(tags)
-    kinds = tags.get(SAMPLE_FORMAT, ())
+    tags, info = dict(getattr(image, "tag_v2", {})), image.info
+    kinds, bits = tags.get(SAMPLE_FORMAT, ()), max(tags.get(BITS, (16,)))
     if image.mode == "F" or 3 in kinds:
         raise ValueError("its values are floating-point numbers, whose range is unknown")
     # In files of these formats "I" is unsigned and scaled to 16 bits.
     wide = image.mode[:4] == "I;16" or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if 2 in kinds or (image.mode[:1] == "I" and not wide):
         raise ValueError("its values are signed or 32-bit integers, whose range is unknown")
+    if tags.get(PLANES) == 2 and bits > 8 and "largest" not in info:
+        raise ValueError("its planes of 16 bits are read wrong by Pillow")
     if wide:
-        values = np.asarray(image).astype(np.float32) / 257  # 65,535 / 255
-        values = values.round().clip(0, 255)
+        values = np.asarray(image).astype(np.float32)
+        clear = values == info.get("transparency", -1)
+        values = (values * (255 / (2**bits - 1))).round().clip(0, 255)
         values = 255 - values if tags.get(PHOTOMETRIC) == 0 else values  # 0 is white
-        image = Image.fromarray(values.astype(np.uint8))
+        image = Image.fromarray(np.where(clear, 255, values).astype(np.uint8))
+    elif "largest" in info and isinstance(info.get("transparency"), tuple):
+        info["transparency"] = tuple(value >> 8 for value in info["transparency"])
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image.info = {key: info[key] for key in ("largest",) if key in info}
+    return image
+
+
+def dark_remark(what, largest: int) -> str:
+    """What to say of images of 16 bits that are all below `DARK`."""
+    advice = "if they hold fewer bits, convert them to 8 bits first"
+    return f"{what} of 16 bits: the largest value is {largest} of 65,535; {advice}"

@@ -14,18 +14,17 @@ from batches import Batches, batch_size_without_training, predict
 from checkpoint import load_model, make_metadata
 from cli import (
     UserError,
-    as_flags,
     choose_amp,
     expand_patterns,
     make_out_dir,
     naming,
     printable,
     quoted,
-    refuse_inside,
     use_device,
 )
 from data import Data, Split, load_data
 from models import build_model, count_parameters, model_arguments
+from settings import as_flags
 
 # ---------------------------------------------------------------- before training
 
@@ -50,8 +49,7 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     amp_dtype = choose_amp(flags.amp, device)
     if flags.dataset != "folder" and flags.image_size != 32:
         raise UserError(f"--image-size {flags.image_size} is for --dataset folder alone: omit it")
-    refuse_inside(flags.out_dir, flags.data_dir if flags.dataset == "folder" else None)
-    make_out_dir(flags.out_dir)
+    make_out_dir(flags.out_dir, flags.data_dir if flags.dataset == "folder" else None)
     config = model_arguments(model_name, vars(flags) | {"classes": 2})
     _build(model_name, config)  # wrong flags are refused before images are read
     torch.manual_seed(flags.seed)
@@ -297,18 +295,6 @@ def load_data_for(
                 f"{split} split has changed: train again, or make train/ and test/"
             )
     return data
-
-
-def make_results_dir(
-    folder: Path, models: list[TrainedModel], name: str | None, data_dir: Path | None
-) -> None:
-    """`make_out_dir`, not in a folder of images: that of the flags, or those of the models."""
-    for model in models:
-        trained_on = model.checkpoint["dataset"]
-        images = data_dir or trained_on["data_dir"]
-        is_folder = images and (name or trained_on["name"]) == "folder"
-        refuse_inside(folder, Path(images) if is_folder else None)
-    make_out_dir(folder)
 
 
 def refuse_different(models: list[TrainedModel], keys: list[str], flags: list[str]) -> None:

@@ -14,7 +14,6 @@ from cli import (
     UserError,
     add_data_flags,
     add_device_flags,
-    as_flags,
     file_type,
     integer,
     naming,
@@ -102,6 +101,17 @@ def _add_run_flags(group) -> None:
         metavar="N",
         help="at most N batches per epoch, for validation too",
     )
+
+
+def as_flags(values: dict) -> str:
+    """{"patch_size": 8, "flip": False} as "--patch-size 8 --no-flip"."""
+    words = []
+    for key, value in values.items():
+        flag = "--no-" if value is False else "--"
+        words.append(flag + key.replace("_", "-"))
+        if not isinstance(value, bool):
+            words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
 
 
 def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict):

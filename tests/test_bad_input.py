@@ -143,7 +143,7 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_a_damaged_cache_is_named(tmp_path):
     folder_of(tmp_path, "cat", "dog", count=10)
     load_data("folder", tmp_path)
-    (cache,) = tmp_path.glob(".cache*.npy")
+    (cache,) = tmp_path.glob(".cache*.bin")
     for content in (b"", cache.read_bytes()[:-1]):
         cache.write_bytes(content)
         with pytest.raises(UserError, match=f"{cache}: damaged; remove it"):

@@ -167,7 +167,7 @@ def test_models_of_different_data_are_not_compared(trained, photos, tmp_path):
     models = load_models([str(trained["cnn"]), str(other)], "cpu")
     with pytest.raises(UserError, match="differ in their data set"):
         load_data_for(models, None, None)
-    with pytest.raises(UserError, match="10 classes do not have 'bright', 'dark'"):
+    with pytest.raises(UserError, match="class 'bright' is none of the checkpoint's 10"):
         load_data_for(models, "folder", photos)
 
 

@@ -274,7 +274,7 @@ def test_folder_is_decoded_cropped_and_counted(photos):
 def test_cache_is_used_and_a_changed_folder_invalidates_it(photos, tmp_path, monkeypatch):
     photos = shutil.copytree(photos, tmp_path / "photos", copy_function=shutil.copy)
     before = load_data("folder", photos)
-    assert len(list(photos.glob(".cache-32-*.npy"))) == 1
+    assert len(list(photos.glob(".cache-32-*.bin"))) == 1
     calls = []
     real = folders.read_image
     monkeypatch.setattr(folders, "read_image", lambda *a: calls.append(a) or real(*a))
@@ -282,7 +282,7 @@ def test_cache_is_used_and_a_changed_folder_invalidates_it(photos, tmp_path, mon
     assert not calls and torch.equal(before.train.images, again.train.images)
     Image.new("RGB", (32, 32), "red").save(photos / "test" / "dark" / "00.png")
     changed = load_data("folder", photos)
-    assert len(calls) == 32 and len(list(photos.glob(".cache-32-*.npy"))) == 1
+    assert len(calls) == 32 and len(list(photos.glob(".cache-32-*.bin"))) == 1
     assert changed.test.rows([4])[0].flatten(2)[0, :, 0].tolist() == [255, 0, 0]
 
 
@@ -411,7 +411,7 @@ def test_a_folder_larger_than_memory(tmp_path):
         anonymous = re.search(r"RssAnon:\s+(\d+) kB", status)
         peak = max(peak, int(anonymous[1]) / 2**20 if anonymous else 0)
         time.sleep(0.1)
-    (cache,) = (tmp_path / "photos").glob(".cache-128-*.npy")
+    (cache,) = (tmp_path / "photos").glob(".cache-128-*.bin")
     assert process.returncode == 0 and cache.stat().st_size > 2.5 * 2**30
     print(f"peak of anonymous memory: {peak:.2f} GiB")
     assert 0.1 < peak < 1.5

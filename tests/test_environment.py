@@ -228,7 +228,7 @@ def test_a_cifar10_archive_that_cannot_be_reached_is_one_line(tmp_path, fails):
 
 
 def hold(folder, ready, release):
-    with cli.locked(folder):
+    with cli.locked(folder / ".lock"):
         ready.set()
         release.wait(60)
 

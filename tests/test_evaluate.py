@@ -130,4 +130,4 @@ def test_an_old_comparison_is_removed(trained, tmp_path):
 def test_a_folder_of_other_classes_is_refused(trained, photos, fails):
     argv = ["--dataset", "folder", "--data-dir", photos]
     line = fails(evaluate.main, trained["cnn"], *argv)
-    assert "the checkpoint's 10 classes do not have 'bright', 'dark'" in line
+    assert "class 'bright' is none of the checkpoint's 10" in line
