@@ -192,7 +192,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     buffer = io.BytesIO()  # serialised first, so that an error leaves no partial file
     torch.save(checkpoint, buffer)
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{os.getpid()}.tmp")
     with writing(path):
         try:
             with partial.open("wb") as file:

@@ -5,7 +5,6 @@ import contextlib
 import contextvars
 import errno
 import functools
-import glob
 import hashlib
 import math
 import os
@@ -14,7 +13,6 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,19 +22,16 @@ try:
 except ImportError:  # Windows: folders are not locked there
     fcntl = None
 
-# A notebook asks the programs that it starts to draw into it, by a package that they may lack.
-# Then importing matplotlib would fail.
-_backend = os.environ.get("MPLBACKEND", "")
-if _backend.startswith("module://") and not find_spec(_backend[9:].split(".")[0]):
-    del os.environ["MPLBACKEND"]
+
+RESULTS = ".results"  # a file in each --out-dir
 
 
 class UserError(Exception):
     """Wrong use or bad input. The message names the file or flag and says what to do."""
 
 
-class NothingToDo(Exception):  # noqa: N818, it is no error
-    """The command is done before it has begun. The message says why."""
+class Finished(Exception):  # noqa: N818, it is no error
+    """There is nothing left to do; the message says why."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +61,7 @@ _at_end: contextvars.ContextVar[contextlib.ExitStack] = contextvars.ContextVar("
 def command(main):
     """Decorate `main(argv=None)`: bad input prints one line and exits with 2, Ctrl-C with 130.
 
-    A standard output that is closed, full, or of a narrow encoding does not end the work.
+    If standard output is closed, full, or cannot encode a name, the work goes on.
     """
 
     @functools.wraps(main)
@@ -74,15 +69,16 @@ def command(main):
         with contextlib.ExitStack() as stack:
             stack.callback(_at_end.reset, _at_end.set(stack))
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            stack.callback(setattr, threading, "excepthook", threading.excepthook)
-            threading.excepthook = _report_thread
-            out, err = LastingStream(sys.stdout), LastingStream(sys.stderr)
-            stack.enter_context(contextlib.redirect_stdout(out))
-            stack.enter_context(contextlib.redirect_stderr(err))
-            stack.callback(out.flush)
+            if not isinstance(sys.stdout, TolerantStream):  # or another command is running
+                stack.callback(setattr, threading, "excepthook", threading.excepthook)
+                threading.excepthook = _report_thread
+                out, err = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
+                stack.enter_context(contextlib.redirect_stdout(out))
+                stack.enter_context(contextlib.redirect_stderr(err))
+                stack.callback(out.flush)
             try:
                 return main(argv)
-            except NothingToDo as reason:
+            except Finished as reason:
                 return print(reason)
             except UserError as error:
                 message = str(error)
@@ -115,8 +111,8 @@ def run(main) -> None:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-class LastingStream:
-    """A stream, or None, that may lose its reader or its disk. What is printed then is lost."""
+class TolerantStream:
+    """A text stream that ignores write errors; later output is discarded. It may wrap None."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -150,8 +146,8 @@ class LastingStream:
 
 
 def _report_thread(args) -> None:
-    """Print an exception of a thread, except what TensorBoard's writer raises again on `flush`."""
-    if not issubclass(args.exc_type, OSError):
+    """Print an exception of a thread, except TensorBoard's, which `flush` raises again."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(args)
 
 
@@ -187,6 +183,15 @@ def writing(path: Path | str):
         raise UserError(f"{path}: cannot be written ({reason}): {advice}") from None
 
 
+@contextlib.contextmanager
+def warning(path: Path | str):
+    """Print a warning that names `path`, in place of an OSError in the block."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"{path}: cannot be written ({error.strerror or error}); the work goes on without")
+
+
 def refuse_inside(folder: Path, images: Path | None = None) -> None:
     """Raise UserError if `folder` is in `images`, or in images that have been decoded before."""
     for place in (folder.resolve(), *folder.resolve().parents):
@@ -197,31 +202,41 @@ def refuse_inside(folder: Path, images: Path | None = None) -> None:
             )
 
 
-def make_out_dir(folder: Path, images: Path | None = None) -> None:
+def make_out_dir(folder: Path, images: Path | None = None, *, curves: bool = True) -> None:
     """Make `folder` and check that it is writable, before an hour of training is lost.
 
-    Until the command ends no other may use the folder as its --out-dir.
+    It is locked until the command ends, and marked, so that it is not read as images.
 
     Raises:
         UserError: it is a file, cannot be made or written, is in use, has an undecodable name, or
             is in a folder data set (`images`, if it is not known from its cache).
     """
     refuse_inside(folder, images)
-    if str(folder) != str(folder).encode(errors="replace").decode():
+    if curves and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"--out-dir {folder}: TensorBoard needs a name in UTF-8: choose another")
     with writing(f"--out-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     if stack := _at_end.get(None):
-        stack.enter_context(locked(folder / ".lock"))
+        stack.callback(_mark_results, folder)
+        stack.enter_context(locked(folder))
+
+
+def _mark_results(folder: Path) -> None:
+    """Mark a folder of results, or remove it if nothing was written."""
+    with contextlib.suppress(OSError):
+        if any(folder.iterdir()):
+            (folder / RESULTS).touch()
+        else:
+            folder.rmdir()
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False):
-    """Let no other program that calls this with `path` run the block at the same time.
+    """Hold an exclusive lock on `path`. It ends with the process, however that ends.
 
-    The lock ends with the process, however that ends. Where a file system has none, there is none.
+    Without file locks (Windows, some network disks) nothing is locked.
 
     Args:
         path: a folder, or a file, which is made if it is not there.
@@ -240,8 +255,8 @@ def locked(path: Path, *, wait: bool = False):
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise UserError(
-                    f"{path.parent}: another program is writing there: wait for it, or choose "
-                    "another --out-dir"
+                    f"{path}: another program is writing there: wait for it, or choose another "
+                    "--out-dir"
                 ) from None
         yield
     finally:
@@ -270,15 +285,6 @@ def file_name(stem: str, suffix: str) -> str:
         start = os.fsencode(stem)[:200].decode(errors="ignore")
         stem = f"{start}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]}"
     return stem + suffix
-
-
-def expand_patterns(names: list[str]) -> list[str]:
-    """Patterns such as photos/*.jpg as the files that they match, where no shell has done it."""
-    expanded = []
-    for name in names:
-        matches = [] if Path(name).exists() else sorted(glob.glob(name))  # noqa: PTH207
-        expanded += matches or [name]
-    return expanded
 
 
 def quoted(names) -> str:
@@ -320,23 +326,18 @@ positive = _number_type(float, "a number above 0", lambda x: x > 0)
 
 
 def name_type(text: str) -> str:
-    """An argparse type: a file's name, not empty as a shell's unset variable is; ~ is expanded."""
+    """An argparse type: a path that is not empty; ~ is expanded."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file or folder")
-    return os.path.expanduser(text)  # noqa: PTH111, Path would drop a ./
+    name = os.path.expanduser(text)  # noqa: PTH111, Path would drop a ./
+    if name[0] == "~" and "/" in name:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user")
+    return name
 
 
 def path_type(text: str) -> Path:
     """An argparse type: `name_type` as a path."""
     return Path(name_type(text))
-
-
-def file_type(text: str) -> Path:
-    """An argparse type: a file that exists."""
-    path = path_type(text)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
-    return path
 
 
 # ---------------------------------------------------------------- flags of all scripts

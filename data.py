@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10
 
-from cli import UserError, locked, quoted
+from cli import UserError, locked, quoted, writing
 from folders import Listing, decoded_images, holds_images, list_images
 
 TEST_FRACTION = 0.2  # of what comes without a test split
@@ -99,6 +99,7 @@ def load_data(
     image_size: int = 32,
     val_fraction: float = 0.1,
     classes: list[str] | None = None,
+    batch_size: int = 0,
 ) -> Data:
     """Load `cifar10`, `digits` or `folder` and split it.
 
@@ -108,13 +109,14 @@ def load_data(
         image_size: side in pixels of a folder's images once decoded; the other data sets have 32.
         val_fraction: fraction of the training images for validation, stratified; 0: none. Not
             used where a folder has its own `val/`.
-        classes: of a folder to be measured, those of the checkpoints. It may then have `test/`
-            alone, and fewer classes. Mean and std are NaN without training images.
+        classes: those of the checkpoints, where a folder is only evaluated. It may then have
+            `test/` alone, and fewer classes. Mean and std are NaN without training images.
+        batch_size: how many training images are needed at least.
 
     Raises:
         UserError: the data are missing, cannot be read, or are too few to split.
     """
-    data_dir, notes, content, files = Path(data_dir), [], "", None
+    data_dir, notes, content, files, drawn = Path(data_dir), [], "", None, ()
     if name == "cifar10":
         images, labels, parts = _load_cifar10(data_dir)
         classes = CIFAR10_CLASSES
@@ -126,12 +128,11 @@ def load_data(
         listing = list_images(data_dir, test_alone=classes is not None)
         classes = _folder_classes(data_dir, listing, classes)
         labels, parts = _folder_splits(data_dir, listing, classes)
-        images, content = decoded_images(data_dir, listing, image_size)
         notes, files = listing.notes, [file.path for file in listing.files]
+        drawn = tuple({"val", "test"} - set(listing.parts))
     else:
         raise UserError(f"--dataset {name}: unknown; use cifar10, digits or folder")
 
-    drawn = tuple({"val", "test"} - set(listing.parts)) if name == "folder" else ()
     if "val" not in parts:
         parts["val"] = parts["train"][:0]
         if val_fraction and len(parts["train"]):
@@ -139,6 +140,13 @@ def load_data(
             parts["train"], parts["val"] = stratified_split(
                 labels, parts["train"], val_fraction, "--val-fraction", advice, classes
             )
+    if batch_size > len(parts["train"]):
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {len(parts['train'])} training images: "
+            "use a smaller one"
+        )
+    if name == "folder":  # last, because it may take long
+        images, content = decoded_images(data_dir, listing, image_size)
     splits = []
     for part, word in (("train", "training"), ("val", "validation"), ("test", "test")):
         splits.append(Split(images, labels, parts[part], files))
@@ -244,13 +252,15 @@ def _load_cifar10(root: Path):
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root, wait=True):  # one download at a time
+        with locked(root / ".download.lock", wait=True):  # one download at a time
             parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad md5 a RuntimeError
-        archive = "cifar-10-python.tar.gz"
-        advice = f"put {archive} there"
-        if (root / archive).exists():
-            advice = f"its {archive} is incomplete: put another one there"
+        if getattr(error, "errno", None):  # a disk, not a server
+            with writing(root):
+                raise
+        advice = f"put {CIFAR10.filename} there"
+        if (root / CIFAR10.filename).exists():
+            advice = f"its {CIFAR10.filename} is incomplete: put another one there"
         raise UserError(
             f"--data-dir {root}: cannot get CIFAR-10 ({error}): {advice}, or use --dataset folder "
             "with your own images, or try --dataset digits"

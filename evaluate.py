@@ -35,11 +35,12 @@ from cli import (
     make_out_dir,
     name_type,
     path_type,
+    quoted,
     run,
     use_device,
     writing,
 )
-from figures import plot_confusion, plot_counts, plot_curves, plot_examples
+from figures import plot_confusion, plot_counts, plot_curves, plot_examples, with_plain_text
 from models import count_parameters
 from prepare import TrainedModel, load_data_for, load_models
 
@@ -90,10 +91,10 @@ def evaluate(model: TrainedModel, split, classes: list[str]) -> tuple[dict, str]
     present = labels.unique().tolist()
     report = classification_report(
         labels, logits.argmax(1), labels=present, target_names=[classes[i] for i in present],
-        digits=4, zero_division=0,
+        digits=4, zero_division=np.nan,
     )  # fmt: skip
     missing = [name for i, name in enumerate(classes) if i not in present]
-    return metrics, report + (f"\nno images of {', '.join(missing)}\n" if missing else "")
+    return metrics, report + (f"\nno images of {quoted(missing)}\n" if missing else "")
 
 
 # ---------------------------------------------------------------- command line
@@ -134,7 +135,8 @@ def write_files(out_dir: Path, paths: list[str], metrics: list[dict], reports: s
             for path, m in zip(paths, metrics, strict=True)
         ]
         files["comparison.json"] = json.dumps(comparison, indent=2)
-    (out_dir / "comparison.json").unlink(missing_ok=True)
+    with writing(out_dir / "comparison.json"):
+        (out_dir / "comparison.json").unlink(missing_ok=True)
     for name, text in files.items():
         with writing(out_dir / name):
             (out_dir / name).write_text(text + "\n", encoding="utf-8")
@@ -143,19 +145,25 @@ def write_files(out_dir: Path, paths: list[str], metrics: list[dict], reports: s
 
 def write_figures(out_dir: Path, figures: dict, metrics: dict[str, dict], reports: list) -> None:
     """Write PNGs, and the same figures and numbers for TensorBoard."""
-    for old in out_dir.glob("events.out.*.evaluation"):
-        old.unlink()
-    with writing(out_dir), SummaryWriter(out_dir, filename_suffix=".evaluation") as log:
-        for name, figure in figures.items():
+    for name, figure in figures.items():
+        with writing(out_dir / f"{name}.png"):
             figure.savefig(out_dir / f"{name}.png", dpi=120)
+    with writing(out_dir):
+        for old in out_dir.glob("events.out.*.evaluation"):
+            old.unlink()
+        log = SummaryWriter(out_dir, filename_suffix=".evaluation")
+        for name, figure in figures.items():
             log.add_figure(f"evaluation/{name}", figure)
         for name, m in metrics.items():
             for key in ("accuracy", "macro_f1", "weighted_f1"):
                 log.add_scalar(f"{m['split']} {key}/{name}", m[key], m["epoch"])
-        log.add_text("classification report", "\n\n".join(f"```\n{r}\n```" for r in reports))
+        blocks = [f"```\n{report.replace('```', '')}\n```" for report in reports]
+        log.add_text("classification report", "\n\n".join(blocks))
+        log.close()
 
 
 @command
+@with_plain_text
 def main(argv=None):
     # 1. Check.
     parser = Parser(__doc__)
@@ -202,8 +210,8 @@ def main(argv=None):
     # 5. Write.
     paths = [model.path for model in models]
     files = write_files(args.out_dir, paths, list(metrics.values()), "\n\n".join(reports))
-    write_figures(args.out_dir, figures, metrics, reports)
     print_table(metrics)
+    write_figures(args.out_dir, figures, metrics, reports)
     print(f"written to {args.out_dir}: {', '.join([*files, *(f'{f}.png' for f in figures)])}")
 
 

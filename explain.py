@@ -31,7 +31,6 @@ from cli import (
     add_device_flags,
     command,
     composed,
-    expand_patterns,
     file_name,
     integer,
     make_out_dir,
@@ -45,10 +44,18 @@ from cli import (
     writing,
 )
 from data import Data, Split
-from figures import overlay, plot_attention_heads, plot_attention_layers, plot_explanations, shorten
+from figures import (
+    overlay,
+    plot_attention_heads,
+    plot_attention_layers,
+    plot_explanations,
+    shorten,
+    with_plain_text,
+)
 from folders import DARK, dark_remark, read_image
 from prepare import (
     TrainedModel,
+    expand_patterns,
     load_data_for,
     load_models,
     refuse_different,
@@ -132,6 +139,7 @@ class Examples:
     names: list[str]  # above a picture
     descriptions: list[str]  # in the terminal
     files: list[Path] = dataclasses.field(default_factory=list)  # of photographs
+    unreadable: int = 0  # how many files could not be read
 
 
 def choose_test_images(models: list[TrainedModel], data: Data, show: str, count: int) -> Examples:
@@ -185,7 +193,8 @@ def read_photographs(paths: list[str], models: list[TrainedModel]) -> Examples:
             raise UserError("the checkpoints have different classes: explain them one at a time")
     refuse_different(models, ["image_size"], [])
     size, files, pictures, small, remarks = first["dataset"]["image_size"], [], [], [], []
-    for path in map(Path, dict.fromkeys(expand_patterns(paths))):
+    paths = list(map(Path, dict.fromkeys(expand_patterns(paths))))
+    for path in paths:
         try:
             photo = read_image(path, remarks=remarks)
         except UserError as error:
@@ -204,7 +213,8 @@ def read_photographs(paths: list[str], models: list[TrainedModel]) -> Examples:
     images, unknown = torch.from_numpy(np.stack(small)), torch.full((len(files),), -1)
     names = [printable(file.name) for file in files]
     split = Split.of(images.permute(0, 3, 1, 2), unknown)
-    return Examples(split, unknown, first["classes"], pictures, names, names, files)
+    bad = len(paths) - len(files)
+    return Examples(split, unknown, first["classes"], pictures, names, names, files, bad)
 
 
 def middle_square(photo: Image.Image, side: int) -> np.ndarray:
@@ -291,7 +301,8 @@ def draw(models: list[TrainedModel], methods, examples: Examples, columns, kind:
 def overlays(examples: Examples, columns: list[dict]):
     """Each map laid over each photograph, as (file name, picture)."""
     stems = [printable(file.stem) for file in examples.files]
-    repeated = len(set(stems)) < len(stems)  # a/cat.jpg b/cat.jpg
+    names = {f"{stem}_{column['key']}" for stem in stems for column in columns}
+    repeated = len(names) < len(stems) * len(columns)  # such as a/cat.jpg b/cat.jpg
     for i, file in enumerate(examples.files):  # read again: so many might not fit into memory
         photo = middle_square(read_image(file), LARGEST_SIDE)
         name = f"{i + 1}-{stems[i]}" if repeated else stems[i]
@@ -301,19 +312,22 @@ def overlays(examples: Examples, columns: list[dict]):
 
 
 @command
+@with_plain_text
 def main(argv=None):
     # 1. Check.
     args = parse_arguments(argv)
     models = load_models(args.checkpoints, use_device(args))
     methods = choose_methods(models, args)
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
-    make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None)
+    make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
 
     # 2. Gather the images: photographs, or some of the test split.
     if args.images:
         kind, examples = "images", read_photographs(args.images, models)
     else:
         kind, data = args.show or "any", load_data_for(models, args.dataset, args.data_dir)
+        if data.note:
+            print(f"{data.name}: {printable(data.note)}")
         examples = choose_test_images(models, data, kind, args.count or 8)
 
     # 3. Compute the maps: a column for each model, method and target.
@@ -346,7 +360,7 @@ def main(argv=None):
             np.savez(args.out_dir / written[-1], **maps, **known)
     more = f", ... ({len(written)} files)" if len(written) > 10 else ""
     print(f"written to {args.out_dir}: {', '.join(written[:10])}{more}")
-    if args.images and len(examples.files) < len(set(expand_patterns(args.images))):
+    if examples.unreadable:
         sys.exit(2)
 
 

@@ -4,50 +4,81 @@ B images   L layers   h, w grid of a map   H, W image height and width   C class
 """
 
 import collections
+import contextlib
 import itertools
+import os
+import sys
 import textwrap
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from data import Data, Split
 
+
+@contextlib.contextmanager
+def without_backend():
+    """Import matplotlib whatever MPLBACKEND is: a notebook's may be missing here."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+            with contextlib.suppress(ValueError, KeyError):
+                sys.modules["matplotlib"].rcParams["backend"] = backend
+
+
+with without_backend():
+    import matplotlib.font_manager
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
 MOST_CLASSES = 25, 50, 100  # with numbers in cells, with an example, with a name on an axis
 MOST_LAYERS, MOST_HEADS = 24, 16  # in a figure of attention
+MOST_MODELS = 6, 10  # with a confusion matrix, with curves: as many as there are colours
 COLORS = matplotlib.colormaps["turbo"]
 SIGNED_COLORS = matplotlib.colormaps["RdBu_r"]
 # These sentences name the colours above.
 SCALE = "Each map has its own scale, from its lowest value (dark blue) to its highest (dark red)."
 SIGNED_SCALE = "Maps in red and blue: red speaks for the class, blue against it, white is 0."
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Hiragino Sans")
+# A decorator for commands that draw: a $ in a name is a $, and names may be Chinese or Japanese.
+with_plain_text = matplotlib.rc_context({
+    "text.parse_math": False,
+    "font.family": [name for name in FONTS if name in matplotlib.font_manager.get_font_names()],
+})  # fmt: skip
 
 
 def shorten(names: list[str], length: int = 20) -> list[str]:
-    """Long names without their middle, to fit a column; all remain different."""
-    half = (length - 1) // 2
-    short = [n if len(n) <= length else f"{n[:half]}…{n[-half:]}" for n in names]
-    for label in [label for label, count in collections.Counter(short).items() if count > 1]:
-        same = [i for i, other in enumerate(short) if other == label]
-        letters = zip(*(names[i] for i in same), strict=False)
-        start = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, letters))
-        for number, i in enumerate(same, 1):  # they differ from `start` on, or nowhere
-            middle = names[i][start : start + half]
-            short[i] = f"{names[i][: half - 3]}…{middle}" if middle else f"{label} ({number})"
-    return short
+    """Long names without their middle, to fit a column; different names remain different."""
+    half, short = (length - 1) // 2, {}
+    for name in dict.fromkeys(names):
+        short[name] = name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+    for label, count in collections.Counter(short.values()).items():
+        if count == 1:
+            continue
+        same = [name for name in short if short[name] == label]  # show where they differ
+        start = next(i for i, letters in enumerate(zip(*same, strict=False)) if len({*letters}) > 1)
+        for name in same:
+            short[name] = f"{name[: half - 3]}…{name[start : start + half]}"
+    taken = collections.Counter(short.values())
+    for number, (name, label) in enumerate(short.items(), 1):
+        if taken[label] > 1:  # still
+            short[name] = f"{label[: length - 5]} ({number})"
+    return [short[name] for name in names]
 
 
-def name_axis(axis, names: list[str], tilt: bool = False) -> None:
-    """Write class names along an axis: not more of them than can be read.
+def name_axis(axis, names: list[str], notes=None, *, tilt: bool = False) -> None:
+    """Write class names along an axis, and a note on each: not more than can be read.
 
     `tilt`: at an angle, unless they are very short.
     """
     step = -(-len(names) // MOST_CLASSES[2])  # rounded up
-    short, style = shorten(names)[::step], {"fontsize": 10 if len(names) <= 50 else 6}
+    short = [a + b for a, b in zip(shorten(names), notes or [""] * len(names), strict=True)][::step]
+    style = {"fontsize": 10 if len(names) <= 50 else 6}
     if tilt and max(map(len, short)) > 3:
         style |= {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axis.set_ticks(range(0, len(names), step), short, **style)
@@ -94,6 +125,8 @@ def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: lis
     figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=10)
     models = list(dict.fromkeys(column["header"][0] for column in columns))
     models = dict(zip(models, shorten(models, 32), strict=True))
+    texts = list(dict.fromkeys(column["header"][1] for column in columns))
+    texts = dict(zip(texts, shorten(texts, 34), strict=True))
     grid = figure.subplots(rows, cols, squeeze=False)
     figure.subplots_adjust(0.01, 0.5 / height, 0.99, 1 - 0.85 / height, wspace=0.06, hspace=0.2)
     for axes in grid.ravel():
@@ -111,7 +144,7 @@ def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: lis
             raw.set_title(column["titles"][i], fontsize=10, color=column["colors"][i], x=1.03)
             if i == 0:
                 model, text = column["header"]
-                header = f"{models[model]}\n{shorten([text], 34)[0]}"
+                header = f"{models[model]}\n{texts[text]}"
                 raw.text(
                     1.03, 1.22, header, transform=raw.transAxes, ha="center",
                     va="bottom", fontsize=11, weight="bold",
@@ -177,8 +210,9 @@ def plot_attention_heads(picture, name: str, attention: torch.Tensor, title: str
 
 def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
     """A panel per model; a cell has the number of images and their fraction of the true class."""
+    metrics = dict(itertools.islice(metrics.items(), MOST_MODELS[0]))
     C, few = len(classes), len(classes) <= MOST_CLASSES[0]
-    side = max(4.0, 0.66 * C) if few else 12.0
+    side = max(4.0, 0.66 * C) if few else 12.0 if len(metrics) == 1 else 8.0
     columns = min(len(metrics), 3)
     rows = -(-len(metrics) // columns)
     figure = Figure(figsize=((side + 1.6) * columns, (side + 1.6) * rows), layout="compressed")
@@ -191,8 +225,7 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         name_axis(axes.xaxis, classes, tilt=True)
-        none = ["" if total else " (no images)" for total in counts.sum(1)]
-        name_axis(axes.yaxis, [a + b for a, b in zip(shorten(classes), none, strict=True)])
+        name_axis(axes.yaxis, classes, ["" if n else " (no images)" for n in counts.sum(1)])
         axes.set(xlabel="predicted", ylabel="true")
         correct = f"{scores['accuracy']:.2%} of {scores['images']:,} images correct"
         axes.set_title(f"{name}\n{correct}")
@@ -213,7 +246,8 @@ def plot_curves(histories: dict[str, list[dict]]) -> Figure:
     """Accuracy and loss of trainings, by epoch and by training time; validation is solid."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharey="row", sharex="col")
-    names, labels = shorten(list(histories), 40), []
+    histories = dict(itertools.islice(histories.items(), MOST_MODELS[1]))
+    names = shorten(list(histories), 40)
     for row, quantity in zip(grid, ("accuracy", "loss"), strict=True):
         for axes, unit in zip(row, ("epoch", "minutes of training"), strict=True):
             for color, (name, history) in enumerate(zip(names, histories.values(), strict=True)):
@@ -221,19 +255,17 @@ def plot_curves(histories: dict[str, list[dict]]) -> Figure:
                 for part, style in (("val", "-"), ("train", "--")):
                     y = [r[f"{part}_{quantity}"] for r in history]
                     if None not in y:
-                        labels += [f"{name}, {'validation' if part == 'val' else 'training'}"]
+                        # The name is last: matplotlib leaves out a label that begins with _.
+                        label = f"{'validation' if part == 'val' else 'training'}, {name}"
                         look = {"marker": "o" if len(y) < 40 else None, "markersize": 3}
-                        # matplotlib would leave out a label that begins with _.
-                        axes.plot(x, y, style, color=f"C{color}", label="curve", **look)
+                        axes.plot(x, y, style, color=f"C{color}", label=label, **look)
             axes.grid(alpha=0.3)
             if quantity == "loss":
                 axes.set_xlabel(unit)
         row[0].set_ylabel(quantity)
     grid[0, 0].yaxis.set_major_formatter("{x:.0%}")
     grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend = grid[0, 0].legend(fontsize=10 if len(histories) <= 4 else 6)
-    for text, label in zip(legend.get_texts(), labels, strict=False):
-        text.set_text(label)
+    grid[0, 0].legend(fontsize=10 if len(histories) <= 4 else 6)
     return figure
 
 
@@ -279,5 +311,5 @@ def plot_counts(data: Data) -> Figure:
     axes.set_ylabel("images")
     axes.margins(x=0.5 / C, y=0.15)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from cli import UserError, composed, locked, naming, printable, quoted, warn, writing
+from cli import RESULTS, UserError, composed, locked, naming, printable, quoted, warn, writing
 
 SPLITS = {  # names of the folders of a split
     "train": ("train", "training"),
@@ -78,7 +78,7 @@ def list_images(root: Path, *, test_alone: bool = False) -> Listing:
     for folder in {root, *splits.values()}:
         for path in folder.iterdir():
             skipped["links to missing files"] += path.is_symlink() and not path.exists()
-            skipped["images in no class's folder"] += path.is_file() and _is_image(path.name)
+            skipped["images outside class folders"] += path.is_file() and _is_image(path.name)
     for part, folder in splits.items():
         found = [file for each in _folders(folder) for file in _images(each, part, skipped)]
         if not found:
@@ -97,7 +97,7 @@ def _split_folders(root: Path, test_alone: bool) -> dict[str, Path]:
     folders = _folders(root)
     found = {part: [f for f in folders if f.name.lower() in SPLITS[part]] for part in SPLITS}
     nested = any(_folders(folder) for same in found.values() for folder in same)
-    if not nested:  # only these very names are splits: "Training" may be a class
+    if not nested:  # then another spelling, such as Training, is a class
         found = {part: [f for f in folders if f.name == part] for part in SPLITS}
     splits = {part: same[0] for part, same in found.items() if same}
     for part, same in found.items():
@@ -123,9 +123,9 @@ def _split_folders(root: Path, test_alone: bool) -> dict[str, Path]:
 
 
 def holds_images(root: Path) -> bool:
-    """Whether there are images in `root/<class>/` or `root/train/<class>/`."""
-    found = (path.name for pattern in ("*/*", "train/*/*") for path in root.glob(pattern))
-    return any(map(_is_image, found))
+    """Whether there are images in two folders `root/<class>/` or `root/train/<class>/`."""
+    found = [path for pattern in ("*/*", "train/*/*") for path in root.glob(pattern)]
+    return len({path.parent for path in found if _is_image(path.name)}) > 1
 
 
 def _is_image(name: str) -> bool:
@@ -147,11 +147,13 @@ def _images(directory: Path, part: str, skipped: collections.Counter) -> list[Im
         raise UserError(
             f"{directory.parent}: the folder name {directory.name!r} cannot be printed; rename it"
         )
+    if (directory / RESULTS).exists():
+        raise UserError(f"{directory} holds results of these scripts: move it elsewhere")
     class_name = composed(directory.name)
     found = []
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: composed(entry.name)):
-            if entry.name.startswith("."):  # such as the ._x.jpg of macOS
+            if entry.name[0] in ".@":  # such as the ._x.jpg of macOS, the @eaDir of Synology
                 skipped["hidden files"] += 1
             elif entry.is_symlink() and not Path(entry.path).exists():
                 skipped["links to missing files"] += 1
@@ -225,13 +227,15 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
 def _make_cache(cache: Path, listing: Listing, size: int) -> None:
     """Decode all files into `cache`, and write what was found on the way beside it, as JSON."""
     for old in cache.parent.glob(f".cache-{size}-*"):
-        old.unlink(missing_ok=True)  # of other files, or of a program that was killed
-    partial = cache.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # in use on Windows
+            old.unlink()  # of other files, or of a program that was killed
+    partial = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
         with partial.open("wb") as file:
-            cache.with_suffix(".json").write_text(json.dumps(_decode(listing, size, file)))
+            facts = _decode(listing, size, file)
             file.flush()
             os.fsync(file.fileno())
+        cache.with_suffix(".json").write_text(json.dumps(facts))
         partial.replace(cache)
     finally:
         partial.unlink(missing_ok=True)
@@ -254,8 +258,7 @@ def _decode(listing: Listing, size: int, target) -> dict:
             continue
         deep += [image.info["largest"]] if "largest" in image.info else []
         target.write(np.asarray(image).transpose(2, 0, 1).tobytes())
-        with Path(file.path).open("rb") as source:
-            contents.append(f"{file.name} {hashlib.file_digest(source, 'sha256').hexdigest()}")
+        contents.append(f"{file.name} {image.info['digest']}")
     if bad:
         first = "the first " if len(bad) == MOST_NAMED else ""
         several = f"{first}{len(bad)} files that cannot be used: {', '.join(map(str, bad))}"
@@ -279,7 +282,7 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
     """Read an image file as RGB, upright. With `size`: shorter side to `size`, then centre crop.
 
     Of an animation the first frame is read. The result's `info` has the `largest` value of a file
-    of 16 bits. `remarks` is a list that gets what Pillow warns of.
+    of 16 bits, and a `digest` of the file. `remarks` is a list that gets what Pillow warns of.
 
     Raises:
         BadImageError: the file is missing, or not an image that Pillow can read.
@@ -288,10 +291,11 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)  # such as "Corrupt EXIF data"
+            data = Path(path).read_bytes()
             try:
-                image, found = _load(path)
+                image, found = _load(data)
             except DAMAGED:
-                image, found = _load(_critical_chunks(path))  # its pixels count, not its metadata
+                image, found = _load(_critical_chunks(data))  # its pixels count, not its metadata
     except DAMAGED as error:
         raise BadImageError(f"{path}: {_reason(error, path)}") from None
     found += [str(warning.message) for warning in caught]
@@ -301,6 +305,7 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
         image = to_rgb(image)
     except ValueError as error:
         raise BadImageError(f"{path}: {error}; convert it to 8 bits") from None
+    image.info["digest"] = hashlib.sha256(data).hexdigest()
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image
@@ -325,38 +330,37 @@ def _reason(error: Exception, path) -> str:
     }.get(type(error), f"cannot be read ({error}); replace it, or remove it")
 
 
-def _load(file) -> tuple[Image.Image, list[str]]:
+def _load(data: bytes) -> tuple[Image.Image, list[str]]:
     """An image with its pixels, upright, and what is left out of it."""
-    with Image.open(file) as image:
+    with Image.open(io.BytesIO(data)) as image:
         wide = image.mode[:1] == "I" or ";16" in str(image.tile)  # known only before it is read
+        pages = image.n_frames if image.format == "TIFF" else 1
         image.load()
         with contextlib.suppress(*DAMAGED):
             ImageOps.exif_transpose(image, in_place=True)
-        found, bands, pages = [], len(image.getbands()), 1
-        if image.format == "TIFF":
-            samples, pages = image.tag_v2.get(SAMPLES, 1), image.n_frames
-            if samples > bands:
-                found.append(f"only {bands} of its {samples} bands are used")
-            if pages > 1:
-                found.append(f"only the first of its {pages} pages is used")
+        found, bands = [], len(image.getbands())
+        samples = getattr(image, "tag_v2", {}).get(SAMPLES, bands)
+        if samples > bands:
+            found.append(f"only {bands} of its {samples} bands are used")
+        if pages > 1:
+            found.append(f"only the first of its {pages} pages is used")
         if wide:  # Pillow keeps 8 of the 16 bits of colours
             values = np.asarray(image if image.mode[0] == "I" else image.convert("RGB"))
             image.info["largest"] = int(values.max()) * (1 if image.mode[0] == "I" else 257)
     return image, found
 
 
-def _critical_chunks(path) -> io.BytesIO:
+def _critical_chunks(data: bytes) -> bytes:
     """A PNG file without its optional parts, such as texts; any other file as it is."""
-    data = Path(path).read_bytes()
     if not data.startswith(b"\x89PNG"):
-        return io.BytesIO(data)
+        return data
     kept, at = data[:8], 8
     while at < len(data):
         length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
         end = at + 12 + length
         kept += data[at:end] if kind[:1].isupper() or kind == b"tRNS" else b""
         at = end
-    return io.BytesIO(kept)
+    return kept
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -294,6 +294,12 @@ def model_arguments(name: str, flags: dict) -> dict:
     return {key: flags[key] for key in arguments if key in flags}
 
 
+def network_defaults(name: str) -> dict:
+    """The constructor arguments of network `name` that have a default."""
+    arguments = inspect.signature(MODELS[name]).parameters.items()
+    return {key: a.default for key, a in arguments if a.default is not inspect.Parameter.empty}
+
+
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import glob
 import re
 import shlex
 from pathlib import Path
@@ -15,16 +16,15 @@ from checkpoint import load_model, make_metadata
 from cli import (
     UserError,
     choose_amp,
-    expand_patterns,
-    make_out_dir,
     naming,
     printable,
     quoted,
     use_device,
+    warn,
 )
 from data import Data, Split, load_data
 from models import build_model, count_parameters, model_arguments
-from settings import as_flags
+from settings import FREE, as_flags
 
 # ---------------------------------------------------------------- before training
 
@@ -48,22 +48,23 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     device = use_device(flags)
     amp_dtype = choose_amp(flags.amp, device)
     if flags.dataset != "folder" and flags.image_size != 32:
-        raise UserError(f"--image-size {flags.image_size} is for --dataset folder alone: omit it")
-    make_out_dir(flags.out_dir, flags.data_dir if flags.dataset == "folder" else None)
-    config = model_arguments(model_name, vars(flags) | {"classes": 2})
-    _build(model_name, config)  # wrong flags are refused before images are read
+        advice = "use other weights" if flags.init else "omit it"
+        raise UserError(f"--image-size {flags.image_size} is for --dataset folder alone: {advice}")
+    # Wrong flags and files are refused before images are read.
+    config, source = model_arguments(model_name, vars(flags) | {"classes": 2}), None
+    if flags.init is not None and checkpoint is None:
+        with naming("--init"):
+            source = load_model(flags.init)
+        config = source[1]["model_config"] | {k: config[k] for k in FREE & set(config)}
+    _build(model_name, config)
     torch.manual_seed(flags.seed)
     data = load_data(
         flags.dataset,
         flags.data_dir,
         image_size=flags.image_size,
         val_fraction=flags.val_fraction,
+        batch_size=flags.batch_size,
     )
-    if flags.batch_size > len(data.train):
-        raise UserError(
-            f"--batch-size {flags.batch_size} is more than the {len(data.train)} training "
-            "images: use a smaller one"
-        )
     config["classes"] = len(data.classes)
     model = _build(model_name, config).to(device, memory_format=torch.channels_last)
     if flags.compile:
@@ -72,8 +73,9 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     if checkpoint is not None:
         refuse_other_images(metadata, checkpoint)
     notes = [data.note] if data.note else []
-    if flags.init is not None and checkpoint is None:
-        notes.append(load_weights(model, flags.init, model_name, config, data.classes))
+    if source is not None:
+        head = start_from(model, *source, config, data.classes)
+        notes.append(f"starting from the weights of {flags.init}{head}")
     train_batches, val_batches = make_batches(data, flags, device)
     choices = {key: config[key] for key in config if key not in ("classes", "image_size")}
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
@@ -106,24 +108,24 @@ def _build(model_name: str, config: dict) -> nn.Module:
         raise UserError(message) from None
 
 
-def load_weights(network: nn.Module, path: Path, name: str, config: dict, classes: list) -> str:
-    """Give `network` the weights of a checkpoint, and return what to print of that.
+def start_from(network, source, checkpoint: dict, config: dict, classes: list[str]) -> str:
+    """Give `network` the weights of `source`, and return what to say of its last layer.
 
-    If the checkpoint has other classes, the parameters whose shape depends on them stay new.
-
-    Raises:
-        UserError: the checkpoint cannot be read.
+    Parameters whose shape depends on the number of classes follow the classes, or stay new if the
+    checkpoint has others.
     """
-    with naming("--init"):
-        source, checkpoint = load_model(path)
-    weights, note = source.state_dict(), f"starting from the weights of {path}"
-    if checkpoint["classes"] != classes:
-        more = build_model(name, config | {"classes": len(classes) + 1}).state_dict()
-        own = network.state_dict()
-        weights |= {key: own[key] for key in own if own[key].shape != more[key].shape}
-        note += ", with a new head for other classes"
-    network.load_state_dict(weights)
-    return note
+    weights, own = source.state_dict(), network.state_dict()
+    if checkpoint["classes"] == classes:
+        network.load_state_dict(weights)
+        return ""
+    more = build_model(checkpoint["model_name"], config | {"classes": len(classes) + 1})
+    head = [key for key, value in more.state_dict().items() if value.shape != own[key].shape]
+    if set(classes) == set(checkpoint["classes"]):
+        order = [checkpoint["classes"].index(name) for name in classes]
+        network.load_state_dict(weights | {key: weights[key][order] for key in head})
+        return ""
+    network.load_state_dict(weights | {key: own[key] for key in head})
+    return ", with a new head for other classes"
 
 
 def make_batches(data: Data, flags, device) -> tuple[Batches, Batches | None]:
@@ -244,6 +246,15 @@ class TrainedModel:
         return logits[:, self.output_indices(classes)]
 
 
+def expand_patterns(names: list[str]) -> list[str]:
+    """Patterns such as photos/*.jpg as the files that they match, where no shell has done it."""
+    expanded = []
+    for name in names:
+        matches = [] if Path(name).exists() else sorted(glob.glob(name))  # noqa: PTH207
+        expanded += matches or [name]
+    return expanded
+
+
 def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
     """The networks of all checkpoints; a path that is repeated counts once."""
     paths = list(dict.fromkeys(expand_patterns(paths)))
@@ -289,6 +300,11 @@ def load_data_for(
     for model in models:
         _refuse_other_classes(model, data)
         changed = other_files(model.checkpoint["dataset"], data.sizes, data.content)
+        if trained_on["name"] == "folder" and not own and split in data.drawn and changed:
+            warn(
+                f"{model.name} was trained on other files. If they are among these, its {split} "
+                "accuracy is too high: make train/ and test/"
+            )
         if own and split in data.drawn and changed:
             raise UserError(
                 f"files were added, removed or changed since {model.name} was trained, so the "

@@ -9,22 +9,26 @@ from pathlib import Path
 
 from checkpoint import load_checkpoint
 from cli import (
-    NothingToDo,
+    Finished,
     Parser,
     UserError,
     add_data_flags,
     add_device_flags,
-    file_type,
     integer,
+    make_out_dir,
     naming,
     non_negative,
     path_type,
     positive,
     real,
+    writing,
 )
+from models import network_defaults
 
 # Flags that may differ when a training is resumed: how and where it runs.
 CHANGEABLE = {"device", "threads", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
+
+FREE = {"drop_path"}  # of the network, but without weights: may differ with --init
 
 NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
     "images and splits": (
@@ -90,7 +94,7 @@ def _add_run_flags(group) -> None:
     add_device_flags(group)
     add("--amp", choices=amp, default="auto", help="mixed precision; auto: with CUDA only")
     add("--compile", action="store_true", help="compile the network with torch.compile")
-    add("--init", type=file_type, metavar="FILE", help="start from the weights of a checkpoint")
+    add("--init", type=path_type, metavar="FILE", help="start from the weights of a checkpoint")
     add("--out-dir", type=path_type, metavar="DIR", help="default: runs/<dataset>-<model>")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="resume the run in --out-dir")
@@ -132,29 +136,32 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
         values["out_dir"] = Path("runs", f"{values['dataset']}-{model_name}{suffix}")
     out_dir = values["out_dir"]
     if not values["resume"]:
-        if list(out_dir.glob("*.pt")) and not values["overwrite"]:
+        with writing(f"--out-dir {out_dir}"):
+            occupied = list(out_dir.glob("*.pt"))
+        if occupied and not values["overwrite"]:
             raise UserError(
                 f"{out_dir} holds a run already: resume it (--resume), replace it (--overwrite), "
                 "or choose another --out-dir"
             )
+        images = values["data_dir"] if values["dataset"] == "folder" else None
+        make_out_dir(out_dir, images)
         if values["init"] is not None:
             values |= network_of(values["init"], model_name, typed, defaults)
         return argparse.Namespace(**values), None
+    if out_dir.is_dir():
+        make_out_dir(out_dir)  # before last.pt is read, which another program may be writing
     checkpoint = load_run(out_dir, model_name)
     saved = defaults | checkpoint["settings"]  # an older run may lack a flag
     fixed = {key: value for key, value in typed.items() if key not in CHANGEABLE}
-    advice = "omit it, or start again in another --out-dir"
-    if "epochs" in fixed:
-        advice = (
-            "its learning rate ends at 0 there. Train on from its weights: --init "
-            f"{out_dir / 'best.pt'} and another --out-dir"
-        )
+    train_on = f"--init {out_dir / 'best.pt'} and another --out-dir"
+    advice = {
+        "epochs": f"its learning rate ends at 0 there. To train on from its weights: {train_on}"
+    }
     refuse_conflicts(fixed, saved, f"the run in {out_dir}", advice)
     if checkpoint["epoch"] >= checkpoint["settings"]["epochs"]:
-        raise NothingToDo(
+        raise Finished(
             f"{out_dir} is finished: {checkpoint['epoch']} of {checkpoint['epoch']} epochs are "
-            f"done. To train on from its weights: --init {out_dir / 'best.pt'} and another "
-            "--out-dir"
+            f"done. To train on from its weights: {train_on}"
         )
     best = out_dir / "best.pt"
     if not best.is_file():
@@ -206,18 +213,20 @@ def network_of(path: Path, model_name: str, typed: dict, defaults: dict) -> dict
             f"--init {path} is a {checkpoint['model_name']}: use "
             f"train_{checkpoint['model_name']}.py, or another checkpoint"
         )
-    saved = {key: value for key, value in checkpoint["model_config"].items() if key in defaults}
+    config = network_defaults(model_name) | checkpoint["model_config"]
+    saved = {key: config[key] for key in set(config) & set(defaults) - FREE}
     saved["image_size"] = checkpoint["dataset"]["image_size"]
-    refuse_conflicts(typed, saved, f"--init {path}", "omit it")
+    refuse_conflicts(typed, saved, f"--init {path}", dict.fromkeys(saved, "omit it"))
     return saved
 
 
-def refuse_conflicts(typed: dict, saved: dict, what: str, advice: str) -> None:
+def refuse_conflicts(typed: dict, saved: dict, what: str, advice: dict) -> None:
     """Raise UserError if a typed flag differs from that in `saved`, the flags of `what`."""
+    usual = "omit it, or start again in another --out-dir"
     for key in sorted(set(typed) & set(saved)):
         value = typed[key].as_posix() if isinstance(typed[key], Path) else typed[key]
         if value != saved[key]:
             raise UserError(
                 f"--{key.replace('_', '-')} {value} conflicts with {what}, which has "
-                f"{saved[key]}: {advice}"
+                f"{saved[key]}: {advice.get(key, usual)}"
             )

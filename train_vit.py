@@ -10,7 +10,7 @@ with tensorboard --logdir runs
 """
 
 from batches import DistillationBatches
-from cli import command, file_type, integer, positive, real, run
+from cli import command, integer, path_type, positive, real, run
 from optimizers import muon_and_adamw
 from prepare import load_teacher, prepare, print_next_steps
 from settings import parse_flags, training_parser
@@ -60,7 +60,7 @@ def main(argv=None):
     add("--drop-path", type=real(0, 0.9), metavar="X", help="stochastic depth of the last block")
     add(
         "--teacher",
-        type=file_type,
+        type=path_type,
         metavar="FILE",
         help="checkpoint whose answers are learned as well",
     )

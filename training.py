@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import check_finite, check_metadata, restore, save_epoch, training_state
-from cli import choose_amp, printable, writing
+from cli import choose_amp, printable, warning, writing
 from models import unwrap
 
 
@@ -139,8 +139,7 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
         save_epoch(settings.out_dir, last)
         remove_files(replaced)
 
-    log_train.close()
-    log_val.close()
+    close_logs(log_train, log_val)
     return last
 
 
@@ -276,7 +275,7 @@ def open_logs(settings, step: int, flags: dict):
     with writing(settings.out_dir):
         log_train, log_val = (SummaryWriter(folder, purge_step=purge_step) for folder in folders)
     # In Markdown, values are code: a name such as _draft_ is shown as it is.
-    table = [f"|{key}|`{printable(value)}`|" for key, value in flags.items()]
+    table = [f"|{k}|`{printable(v).replace('`', '')}`|" for k, v in flags.items()]
     log_train.add_text("settings", "\n".join(["|setting|value|", "|---|---|", *table]), step)
     print(TABLE_HEAD, flush=True)
     return log_train, log_val, replaced
@@ -285,7 +284,7 @@ def open_logs(settings, step: int, flags: dict):
 def log_row(row: dict, log_train, log_val) -> None:
     """Print a row of the history, and add its points to TensorBoard, at the row's step."""
     print(table_row(row), flush=True)
-    with writing(log_train.log_dir):
+    with warning(log_train.log_dir):
         for tag in ("loss", "accuracy"):
             log_train.add_scalar(tag, row[f"train_{tag}"], row["step"])
             if row[f"val_{tag}"] is not None:
@@ -295,6 +294,13 @@ def log_row(row: dict, log_train, log_val) -> None:
         log_train.add_scalar("images per second", row["images_per_second"], row["step"])
         log_train.flush()
         log_val.flush()
+
+
+def close_logs(*logs) -> None:
+    """Write what is left."""
+    for log in logs:
+        with warning(log.log_dir):
+            log.close()
 
 
 def remove_files(files: list[Path]) -> None:

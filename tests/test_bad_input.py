@@ -111,6 +111,7 @@ def test_folders(kind, tmp_path, fails):
     root = tmp_path / "photos"
     make(root)
     argv = ["--dataset", "folder", "--data-dir", root, "--out-dir", tmp_path / "run", *TINY_CNN]
+    argv += ["--batch-size", 4]
     line = fails(train_cnn.main, *argv)
     assert says in line and str(root) in line
     assert not list(tmp_path.rglob(".cache*"))

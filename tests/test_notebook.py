@@ -35,7 +35,7 @@ def test_every_cell_runs(tmp_path):
             source = "".join(cell["source"])
             if cell["cell_type"] == "code" and not source.startswith("%pip"):
                 small = f"digits --epochs 1 --limit-batches 2 {' '.join(TINY_CNN)}"
-                source = source.replace("digits --overwrite", f"{small} --overwrite")
+                source = source.replace("--dataset digits", f"--dataset {small}")
                 source = source.replace("%tensorboard --logdir", "# %tensorboard --logdir")
                 reply = client.execute_interactive(source, timeout=120, output_hook=collect)
                 assert reply["content"]["status"] == "ok", "\n".join(
