@@ -139,8 +139,6 @@ class TolerantStream:
         try:
             return getattr(self.stream, method)(*args)
         except (OSError, ValueError):  # no reader, no space, closed
-            with contextlib.suppress(OSError, ValueError):  # or Python's last flush would fail, too
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             self.stream = None
             return None
 

@@ -104,8 +104,8 @@ def _split_folders(root: Path, test_alone: bool) -> dict[str, Path]:
         if len(same) > 1:
             both = f"{same[0].name}/ and {same[1].name}/ are both {part} images"
             raise UserError(f"--data-dir {root}: {both}: keep one")
-    # Without train/ and test/ the folders are classes. So they are if train/ has no folders in it
-    # and other folders are beside it: then a class is called train.
+    # Without train/ and test/ the folders are classes, as where train/ has no folders in it and
+    # others are beside it: then a class is called train.
     if not nested and (len(folders) > len(splits) or not {"train", "test"} & set(splits)):
         return {"all": root}
     if ("train" not in splits and not test_alone) or "test" not in splits:
@@ -186,7 +186,7 @@ def _images(directory: Path, part: str, skipped: collections.Counter) -> list[Im
 def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tensor, str]:
     """Decode the files once; later read them from a cache, whose name changes with the files.
 
-    The cache is in `root` or, where that cannot be written, in PyTorch's own cache.
+    It is in `root` or, where that cannot be written, in PyTorch's own cache.
 
     Returns:
         (images uint8 (M, 3, size, size), memory-mapped; a hash of the files' names and content).
@@ -213,15 +213,15 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
         if folder != root:
             listing.notes.append(f"decoded images are kept in {folder}")
         break
-    facts = {}
+    facts = None
     with contextlib.suppress(ValueError, FileNotFoundError):
         facts = json.loads(cache.with_suffix(".json").read_text())
-    if cache.stat().st_size != math.prod(shape) or {"content", "remarks"} - set(facts or {}):
+    whole = isinstance(facts, dict) and {"content", "remarks"} <= set(facts)
+    if not whole or cache.stat().st_size != math.prod(shape):
         raise UserError(f"{cache}: damaged; remove it, and it will be made again")
     for remark in facts["remarks"]:
         warn(remark)
-    images = np.memmap(cache, np.uint8, "c", shape=shape)  # PyTorch warns of read-only arrays
-    return torch.from_numpy(images), facts["content"]
+    return torch.from_numpy(np.memmap(cache, np.uint8, "c", shape=shape)), facts["content"]
 
 
 def _make_cache(cache: Path, listing: Listing, size: int) -> None:
@@ -336,7 +336,7 @@ def _load(data: bytes) -> tuple[Image.Image, list[str]]:
         wide = image.mode[:1] == "I" or ";16" in str(image.tile)  # known only before it is read
         pages = image.n_frames if image.format == "TIFF" else 1
         image.load()
-        with contextlib.suppress(*DAMAGED):
+        with contextlib.suppress(*DAMAGED, AttributeError):
             ImageOps.exif_transpose(image, in_place=True)
         found, bands = [], len(image.getbands())
         samples = getattr(image, "tag_v2", {}).get(SAMPLES, bands)

@@ -299,16 +299,16 @@ def load_data_for(
         raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
     for model in models:
         _refuse_other_classes(model, data)
-        changed = other_files(model.checkpoint["dataset"], data.sizes, data.content)
-        if trained_on["name"] == "folder" and not own and split in data.drawn and changed:
-            warn(
-                f"{model.name} was trained on other files. If they are among these, its {split} "
-                "accuracy is too high: make train/ and test/"
-            )
-        if own and split in data.drawn and changed:
+        trained_on = model.checkpoint["dataset"]
+        if split in data.drawn and own and other_files(trained_on, data.sizes, data.content):
             raise UserError(
                 f"files were added, removed or changed since {model.name} was trained, so the "
                 f"{split} split has changed: train again, or make train/ and test/"
+            )
+        if split in data.drawn and trained_on.get("content") not in (None, "", data.content):
+            warn(
+                f"{model.name} was trained on other files. If some are among these, its {split} "
+                "accuracy is too high: make train/ and test/"
             )
     return data
 

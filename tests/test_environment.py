@@ -1,5 +1,6 @@
 """Notebooks, pipes, full disks, odd names, shared machines: the work goes on, or says why not."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ import explain
 import folders
 import train_cnn
 import train_vit
+from cli import UserError
 from data import load_data
 
 DIGITS = ["--dataset", "digits", "--epochs", "1", "--limit-batches", "2", "--device", "cpu"]
@@ -80,19 +82,20 @@ def test_any_standard_output_will_do(kind, tmp_path, monkeypatch):
     assert checkpoint.load_checkpoint(tmp_path / "größer" / "last.pt")["epoch"] == 1
 
 
-def test_head_may_close_the_pipe(tmp_path):
+@pytest.mark.parametrize("backend", ["module://no_such_package.inline", "no_such_backend"])
+def test_head_may_close_the_pipe(backend, tmp_path):
     """In a process of its own, with a notebook's backend: it ends silently, with status 0."""
     code = f"""if True:
         import cli, figures
         @cli.command
         def main(argv=None):
-            print("a line")
+            print("a line\\n" * 10_000)
             figures.Figure().savefig("{tmp_path}/x.png")
         cli.run(main)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env=os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"},
+        cwd=ROOT, env=os.environ | {"MPLBACKEND": backend},
     )  # fmt: skip
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == ("", 0)
@@ -191,6 +194,18 @@ def test_a_full_disk_is_named_with_the_file(where, trained, photos, tmp_path, fa
     assert named in line and "(No space left on device): free some space" in line
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "free some space"),
+     (errno.ENAMETOOLONG, "a shorter name"), (errno.EROFS, "make it writable, or choose another")],
+)  # fmt: skip
+def test_what_to_do_depends_on_the_cause(number, advice):
+    with pytest.raises(UserError, match=rf"x\.pt: cannot be written \(.+\): .*{advice}"):  # noqa: SIM117
+        with cli.writing("x.pt"):
+            raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.filterwarnings("error")  # of an exception in a thread
 def test_curves_that_cannot_be_written_do_not_end_a_training(tmp_path, monkeypatch, capsys):
     """One line per writer and epoch, and no traceback of TensorBoard's thread."""
     flushed = []  # the writers flush once when they are made
@@ -205,19 +220,22 @@ def test_curves_that_cannot_be_written_do_not_end_a_training(tmp_path, monkeypat
         assert "cannot be written (No space left on device); the work goes on" in line
 
 
-def test_a_read_only_folder_is_decoded_elsewhere(photos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_read_only_folder_is_decoded_elsewhere(number, photos, tmp_path, monkeypatch):
     """As on Kaggle. (Permissions do not stop the superuser, so opening a file is made to fail.)"""
+    other = shutil.copytree(photos, tmp_path / "other")
     photos = shutil.copytree(photos, tmp_path / "photos")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home" / "torch"))
     real = Path.open
 
     def read_only(path, mode="r", *args, **kwargs):
-        if "w" in mode and path.is_relative_to(photos):
-            raise OSError(30, "Read-only file system", str(path))
+        if "w" in mode and (path.is_relative_to(photos) or path.is_relative_to(other)):
+            raise OSError(number, "Read-only file system", str(path))
         return real(path, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", read_only)
     first = load_data("folder", photos)
+    load_data("folder", other)  # has a place of its own
     monkeypatch.setattr(folders, "read_image", None)  # the second time nothing is decoded
     again = load_data("folder", photos)
     assert torch.equal(first.test.images, again.test.images)
@@ -259,10 +277,35 @@ def test_two_programs_do_not_write_into_one_folder(trained, tmp_path, fails):
     assert checkpoint.load_checkpoint(run / "last.pt")["epoch"] == 3
 
 
+def test_a_second_program_waits_for_the_decoding_of_the_first(photos, tmp_path):
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(photos, ready, release))
+    other.start()
+    assert ready.wait(60)
+    thread = threading.Thread(target=load_data, args=("folder", photos))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive() and not list(photos.glob(".cache*"))
+    release.set()
+    thread.join(60)
+    other.join()
+    assert list(photos.glob(".cache*.bin"))
+
+
 def test_a_refused_training_can_be_repeated(tmp_path, fails):
     """Its lock ends with it, also in the same process."""
     fails(train_cnn.main, *DIGITS, *TINY_CNN, "--batch-size", 5000, "--out-dir", tmp_path)
     train(tmp_path)
+
+
+@pytest.mark.parametrize("script", [evaluate, explain])
+def test_the_other_scripts_take_threads_too(script, trained, tmp_path, monkeypatch):
+    wanted, before = [], torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", wanted.append)
+    script.main([str(trained["cnn"]), "--threads", "7", "--out-dir", str(tmp_path)])
+    assert wanted == [7, before]
 
 
 def test_threads_are_said_in_the_first_line(tmp_path, capsys):
@@ -300,6 +343,47 @@ def test_a_training_starts_from_weights(tmp_path, photos, capsys, monkeypatch):
     assert third["mean"] == pytest.approx(load_data("folder", photos).mean)
     assert third["model_config"]["widths"] == [8, 8] and third["model_config"]["classes"] == 2
     assert third["mean"] != source["mean"]
+    renamed = shutil.copytree(photos, tmp_path / "renamed")
+    for part in ("train", "test"):  # as many classes, but others
+        (renamed / part / "bright").rename(renamed / part / "white")
+    folder = ["--dataset", "folder", "--data-dir", str(renamed), "--batch-size", "8"]
+    argv = [*folder, "--epochs", "1", "--device", "cpu", "--out-dir", str(tmp_path / "fourth")]
+    train_cnn.main([*argv, "--init", str(tmp_path / "third" / "best.pt")])
+    assert not torch.equal(starts[2]["head.weight"], checkpoint.load_model(
+        tmp_path / "third" / "best.pt")[0].head.weight)  # fmt: skip
+
+
+def test_the_image_size_and_the_order_of_classes_come_with_the_weights(tmp_path, photos):
+    folder = ["--dataset", "folder", "--data-dir", str(photos), "--batch-size", "8"]
+    argv = [*folder, "--epochs", "1", "--device", "cpu"]
+    first = tmp_path / "first" / "best.pt"
+    train_cnn.main([*argv, *TINY_CNN, "--image-size", "48", "--out-dir", str(first.parent)])
+    state = checkpoint.load_checkpoint(first)
+    state["classes"] = state["classes"][::-1]  # the same classes, in another order
+    for key in ("head.weight", "head.bias"):
+        state["model"][key] = state["model"][key].flip(0)
+    del state["self_test"]
+    checkpoint.save_checkpoint(first, state)
+    train_cnn.main([*argv, "--lr", "1e-12", "--muon-lr", "1e-12", "--init", str(first),
+                    "--out-dir", str(tmp_path / "second")])  # fmt: skip
+    second = checkpoint.load_checkpoint(tmp_path / "second" / "last.pt")
+    assert second["dataset"]["image_size"] == 48 and second["classes"] == ["bright", "dark"]
+    expected = state["model"]["head.weight"].flip(0)
+    torch.testing.assert_close(second["model"]["head.weight"], expected, atol=1e-6, rtol=0)
+
+
+def test_a_checkpoint_that_names_no_arguments_has_those_of_the_network(tmp_path, fails):
+    """As one that `train` wrote when called by hand: a typed flag that differs is refused."""
+    train(tmp_path / "first")
+    state = checkpoint.load_checkpoint(tmp_path / "first" / "last.pt")
+    model = checkpoint.build_model("cnn", {"classes": 10})
+    state |= {"model_config": {"classes": 10}, "model": model.state_dict(), "ema": None}
+    del state["self_test"]
+    checkpoint.save_checkpoint(tmp_path / "hand.pt", state)
+    argv = [*DIGITS, "--init", tmp_path / "hand.pt", "--out-dir", tmp_path / "out"]
+    line = fails(train_cnn.main, *argv, "--stem", 4)
+    assert "--stem 4 conflicts with --init" in line and "which has 16" in line
+    train_cnn.main(list(map(str, argv)))
 
 
 def test_an_interrupted_start_from_weights_resumes_without_the_file(tmp_path, monkeypatch):

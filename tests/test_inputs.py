@@ -93,6 +93,9 @@ def test_16_bits_of_png_and_pgm(tmp_path):
     (tmp_path / "x.pgm").write_bytes(b"P5\n6 4\n65535\n" + values.astype(">u2").tobytes())
     for name in ("x.png", "x.pgm"):
         assert read_image(tmp_path / name).getpixel((2, 2)) == (99, 99, 99)
+    colors = (np.stack([GREY, GREY // 3, GREY // 9], -1) * 40).astype(np.uint16)
+    tiff(tmp_path / "rgb.tif", colors, photometric=2)
+    assert read_image(tmp_path / "rgb.tif").info["largest"] == 257 * (99 * 40 // 256)
 
 
 def test_16_bit_images_that_are_all_dark_are_named(tmp_path, capsys):
@@ -130,19 +133,30 @@ def test_other_files_are_named_as_what_they_are(tmp_path):
 # ---------------------------------------------------------------- optional metadata
 
 
+# Found by damaging bytes: Pillow 13 raises struct.error, AttributeError and TypeError for these.
+BROKEN_EXIF = [
+    f"4578696600004d4d002a000000080003{rest}"
+    for rest in (
+        "010a00020000000600000032011200030000000100060000011a00050000000100000038000000c5"
+        "6d61866572000000004800000001",
+        "010f00020000000600000032011200030000000100060000010d000500000001000000380000000"
+        "06d616b6572000000004800000001",
+        "010f00020000000600000032011200030000000100060000011a000700000001000000380000000"
+        "06d616b65722e0000004800000001",
+    )
+]
+
+
 def test_pixels_count_not_metadata(tmp_path, capsys):
     """Broken EXIF, and texts of megabytes, as some editors write them."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
     solid(tmp_path / "a" / "good.png")
     picture = Image.new("RGB", (8, 8), (9, 8, 7))
-    picture.save(tmp_path / "a" / "x.jpg", exif=exif.tobytes()[:-9] + b"\xff" * 9, quality=100)
-    broken = exif.tobytes().replace(b"II*\0", b"??*\0").replace(b"MM\0*", b"??\0*")
-    picture.save(tmp_path / "a" / "y.jpg", exif=broken, quality=100)
+    for i, broken in enumerate(BROKEN_EXIF):
+        picture.save(tmp_path / "a" / f"{i}.jpg", exif=bytes.fromhex(broken), quality=100)
     text = PngImagePlugin.PngInfo()
     text.add_text("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
     picture.save(tmp_path / "a" / "z.png", pnginfo=text)
-    for name in ("x.jpg", "y.jpg", "z.png"):
+    for name in ("0.jpg", "1.jpg", "2.jpg", "z.png"):
         assert np.allclose(read_image(tmp_path / "a" / name).getpixel((3, 3)), (9, 8, 7), atol=2)
     classes_of(tmp_path, "b")
     shutil.copytree(tmp_path / "b", tmp_path / "a", dirs_exist_ok=True)
@@ -339,6 +353,9 @@ def test_the_identity_of_a_data_set_is_its_names_and_content(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
     first, copied = (load_data("folder", tmp_path / name) for name in "ab")
     assert first.content == copied.content
+    (tmp_path / "b" / "cat" / "00.png").rename(tmp_path / "b" / "cat" / "0.png")
+    assert load_data("folder", tmp_path / "b").content != first.content
+    (tmp_path / "b" / "cat" / "0.png").rename(tmp_path / "b" / "cat" / "00.png")
     solid(tmp_path / "b" / "cat" / "00.png", (0, 0, 1))
     assert load_data("folder", tmp_path / "b").content != first.content
 
@@ -534,6 +551,43 @@ def test_only_the_first_page_of_a_tiff_is_used_and_that_is_said(tmp_path):
     assert remarks == [f"{tmp_path / 'x.tif'}: only the first of its 2 pages is used"]
 
 
+def test_remarks_and_figures_of_attention_are_bounded(tmp_path, capsys):
+    pages = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            pages[0].save(tmp_path / name / f"{i}.tif", save_all=True, append_images=pages[1:])
+    load_data("folder", tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11 and lines[-1] == "warning: ... and 6 more"
+    picture, attention = np.zeros((8, 8, 3), np.uint8), torch.rand(1, 60, 40, 2, 2)
+    layers = figures.plot_attention_layers([picture], [""], attention, "")
+    heads = figures.plot_attention_heads(picture, "", attention[0], "")
+    assert layers.axes[-1].get_title() == "layer 60" and len(layers.axes) == 25
+    assert len(heads.axes) == 24 * 18
+
+
+def test_results_beside_images_are_not_a_class(trained, tmp_path, fails):
+    """Written there before the folder was a data set."""
+    photos = classes_of(tmp_path / "photos", "cat", "dog")
+    argv = [trained["cnn"], "--images", photos / "cat" / "01.png"]
+    explain.main([*map(str, argv), "--out-dir", str(photos / "explained")])
+    line = fails(train_cnn.main, *folder_flags(photos, "--out-dir", tmp_path / "out"))
+    assert f"{photos / 'explained'} holds results of these scripts" in line
+
+
+def test_a_moved_set_whose_test_images_may_have_been_trained_on(tmp_path, capsys):
+    classes_of(tmp_path / "a", "cat", "dog")
+    train_cnn.main(folder_flags(tmp_path / "a", "--out-dir", tmp_path / "run"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    argv = [tmp_path / "run" / "best.pt", "--data-dir", tmp_path / "b"]
+    evaluate.main([*map(str, argv), "--out-dir", str(tmp_path / "out")])
+    assert "was trained on other files" not in capsys.readouterr().err
+    solid(tmp_path / "b" / "cat" / "more.png")
+    evaluate.main([*map(str, argv), "--out-dir", str(tmp_path / "out")])
+    assert "run was trained on other files" in capsys.readouterr().err
+
+
 def test_every_image_once_where_there_are_fewer_than_asked(three, tmp_path, capsys):
     classes_of(tmp_path / "few" / "test", "cat", "dog", count=1)
     argv = [three, "--data-dir", tmp_path / "few", "--out-dir", tmp_path / "out"]
@@ -562,7 +616,7 @@ def test_cifar10_may_be_kept_where_results_go(tmp_path, fails):
     assert "cannot get CIFAR-10" in line
 
 
-@pytest.mark.parametrize("facts", ["", "{}", "[]", "null", '{"remarks": []}'])
+@pytest.mark.parametrize("facts", ["", "{}", "[]", "3", '{"remarks": []}'])
 def test_a_cache_without_its_facts_is_damaged(tmp_path, facts):
     classes_of(tmp_path, "cat", "dog")
     load_data("folder", tmp_path)
