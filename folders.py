@@ -104,8 +104,7 @@ def _split_folders(root: Path, test_alone: bool) -> dict[str, Path]:
         if len(same) > 1:
             both = f"{same[0].name}/ and {same[1].name}/ are both {part} images"
             raise UserError(f"--data-dir {root}: {both}: keep one")
-    # Without train/ and test/ the folders are classes, as where train/ has no folders in it and
-    # others are beside it: then a class is called train.
+    # Where train/ has no folders in it, and others are beside it, a class is called train.
     if not nested and (len(folders) > len(splits) or not {"train", "test"} & set(splits)):
         return {"all": root}
     if ("train" not in splits and not test_alone) or "test" not in splits:
