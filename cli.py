@@ -277,11 +277,12 @@ def composed(name: str) -> str:
 
 
 def file_name(stem: str, suffix: str) -> str:
-    """A file's name without slashes; a stem that is too long is cut and ends in a hash."""
+    """A file's name without slashes; of a long stem the middle is replaced by a hash."""
     stem = stem.replace("/", "-")
-    if len(os.fsencode(stem + suffix)) > 255:
-        start = os.fsencode(stem)[:200].decode(errors="ignore")
-        stem = f"{start}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]}"
+    raw = os.fsencode(stem)
+    if len(raw) > 200:
+        start, end = (part.decode(errors="ignore") for part in (raw[:120], raw[-60:]))
+        stem = f"{start}-{hashlib.sha256(raw).hexdigest()[:8]}-{end}"
     return stem + suffix
 
 

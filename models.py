@@ -295,9 +295,10 @@ def model_arguments(name: str, flags: dict) -> dict:
 
 
 def network_defaults(name: str) -> dict:
-    """The constructor arguments of network `name` that have a default."""
-    arguments = inspect.signature(MODELS[name]).parameters.items()
-    return {key: a.default for key, a in arguments if a.default is not inspect.Parameter.empty}
+    """The constructor arguments of network `name` that have a default; tuples as lists."""
+    parameters = inspect.signature(MODELS[name]).parameters.items()
+    known = {key: p.default for key, p in parameters if p.default is not inspect.Parameter.empty}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in known.items()}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """Each script once, as a user runs it, on digits, one after the other."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -37,10 +38,22 @@ def test_training(folder, script, flags):
     assert (folder / "runs" / f"digits-{model}" / "last.pt").exists()
 
 
-@pytest.mark.parametrize("script", ["evaluate.py", "explain.py"])
-def test_using(folder, trained, script):
-    out = run(folder, script, *trained.values())
+def test_evaluating(folder, trained):
+    out = run(folder, "evaluate.py", *trained.values())
     assert "digits-cnn" in out and "digits-vit" in out and "written to runs/" in out
+
+
+def test_explaining_into_a_pipe_that_is_closed(folder, trained):
+    """As `| head -1` does; also with the matplotlib backend of a notebook, which is not here."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "explain.py"), *map(str, trained.values())],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"MPLBACKEND": "no_such_backend"},
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("test image 44 (9)  digits-cnn: ")
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(120)) == ("", 0)
+    assert len(list((folder / "runs" / "explanations").glob("*.png"))) == 3
 
 
 @pytest.mark.parametrize(
