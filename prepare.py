@@ -78,7 +78,7 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         notes.append(f"starting from the weights of {flags.init}{head}")
     train_batches, val_batches = make_batches(data, flags, device)
     choices = {key: config[key] for key in config if key not in ("classes", "image_size")}
-    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    threads = f" (threads: {torch.get_num_threads()})" if device.type == "cpu" else ""
     print(
         f"{data.name}: {len(data.classes)} classes ({quoted(data.classes)}); "
         f"{len(data.train):,} training, {len(data.val):,} validation, "

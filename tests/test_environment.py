@@ -293,7 +293,7 @@ def test_the_other_scripts_take_threads_too(script, fails, monkeypatch):
 
 def test_threads_are_said_in_the_first_line(tmp_path, capsys):
     train(tmp_path, "--threads", 1)
-    assert "on cpu (1 threads)" in capsys.readouterr().out.splitlines()[0]
+    assert "on cpu (threads: 1)" in capsys.readouterr().out.splitlines()[0]
 
 
 # ---------------------------------------------------------------- start from weights

@@ -303,10 +303,12 @@ def test_images_have_no_true_class(trained, photos, tmp_path, fails):
     assert "--target true" in fails(explain.main, trained["cnn"], *argv)
 
 
-def test_more_images_than_a_figure_shows(trained, tmp_path, capsys):
-    explain.main([str(trained["vit"]), "--count", "33", "--save-maps", "--out-dir", str(tmp_path)])
-    assert "the figures show the first 32 of 33 images" in capsys.readouterr().out
-    assert np.load(tmp_path / "digits-vit_maps-any.npz")["digits-vit_rollout"].shape == (33, 4, 4)
+def test_more_images_than_a_figure_shows(trained, tmp_path, capsys, monkeypatch):
+    assert explain.LARGEST_FIGURE[0] == 32
+    monkeypatch.setattr(explain, "LARGEST_FIGURE", (4, 12))
+    explain.main([str(trained["vit"]), "--count", "5", "--save-maps", "--out-dir", str(tmp_path)])
+    assert "the figures show the first 4 of 5 images" in capsys.readouterr().out
+    assert np.load(tmp_path / "digits-vit_maps-any.npz")["digits-vit_rollout"].shape == (5, 4, 4)
     assert (tmp_path / "digits-vit_attention-heads-any.png").exists()
 
 
