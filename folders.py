@@ -148,14 +148,13 @@ def _images(directory: Path, part: str, skipped: collections.Counter) -> list[Im
         )
     if (directory / RESULTS).exists():
         raise UserError(f"{directory} holds results of these scripts: move it elsewhere")
-    class_name = composed(directory.name)
-    found = []
+    class_name, found, others = composed(directory.name), [], collections.Counter()
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: composed(entry.name)):
             if entry.name[0] in ".@":  # such as the ._x.jpg of macOS, the @eaDir of Synology
-                skipped["hidden files"] += 1
+                others["hidden files"] += 1
             elif entry.is_symlink() and not Path(entry.path).exists():
-                skipped["links to missing files"] += 1
+                others["links to missing files"] += 1
             elif entry.is_dir():
                 deep = sum(_is_image(f) for _, _, files in os.walk(entry.path) for f in files)
                 if deep:
@@ -164,18 +163,17 @@ def _images(directory: Path, part: str, skipped: collections.Counter) -> list[Im
                         "above the classes, or above train/ and test/: use that, or move images"
                     )
             elif not _is_image(entry.name) or not entry.is_file():
-                skipped[f"files that are not {' '.join(IMG_EXTENSIONS)}"] += 1
+                others[f"files that are not {' '.join(IMG_EXTENSIONS)}"] += 1
             else:
                 stat = entry.stat()
                 stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
                 name = f"{part}/{class_name}/{composed(entry.name)}"
                 found.append(ImageFile(entry.path, name, class_name, stamp))
     if not found:
-        there = "".join(f"; {count} {reason}" for reason, count in skipped.items() if count)
-        raise UserError(
-            f"{directory}: no images ({' '.join(IMG_EXTENSIONS)}{there}): add some, or remove the "
-            "folder"
-        )
+        there = "".join(f"; {reason}: {count}" for reason, count in others.items())
+        none = f"no images ({' '.join(IMG_EXTENSIONS)}{there})"
+        raise UserError(f"{directory}: {none}: add some, or remove the folder")
+    skipped.update(others)
     return found
 
 
@@ -246,7 +244,7 @@ def _decode(listing: Listing, size: int, target) -> dict:
     Raises:
         UserError: files that cannot be read; up to ten are named.
     """
-    contents, bad, remarks, deep = [], [], [], []
+    contents, bad, remarks, largest = [], [], [], []
     for file in tqdm(listing.files, "decoding", unit=" images", disable=None):
         try:
             image = read_image(file.path, size, remarks)
@@ -255,15 +253,15 @@ def _decode(listing: Listing, size: int, target) -> dict:
             if len(bad) == MOST_NAMED:
                 break
             continue
-        deep += [image.info["largest"]] if "largest" in image.info else []
+        largest += [image.info["largest"]] if "largest" in image.info else []
         target.write(np.asarray(image).transpose(2, 0, 1).tobytes())
         contents.append(f"{file.name} {image.info['digest']}")
     if bad:
         first = "the first " if len(bad) == MOST_NAMED else ""
         several = f"{first}{len(bad)} files that cannot be used: {', '.join(map(str, bad))}"
         raise bad[0] if len(bad) == 1 else UserError(several)
-    if deep and max(deep) < DARK:
-        remarks.insert(0, dark_remark(f"{len(deep)} images", max(deep)))
+    if largest and max(largest) < DARK:
+        remarks.insert(0, dark_remark(f"{len(largest)} images", max(largest)))
     if len(remarks) > MOST_NAMED:
         remarks[MOST_NAMED:] = [f"... and {len(remarks) - MOST_NAMED} more"]
     return {"content": digest_of(contents), "remarks": remarks}
@@ -332,20 +330,21 @@ def _reason(error: Exception, path) -> str:
 def _load(data: bytes) -> tuple[Image.Image, list[str]]:
     """An image with its pixels, upright, and what is left out of it."""
     with Image.open(io.BytesIO(data)) as image:
-        wide = image.mode[:1] == "I" or ";16" in str(image.tile)  # known only before it is read
+        is_16_bit = image.mode[0] == "I" or ";16" in str(image.tile)  # known before it is read
         pages = image.n_frames if image.format == "TIFF" else 1
         image.load()
         with contextlib.suppress(*DAMAGED, AttributeError):
             ImageOps.exif_transpose(image, in_place=True)
-        found, bands = [], len(image.getbands())
-        samples = getattr(image, "tag_v2", {}).get(SAMPLES, bands)
+        found, bands, tags = [], len(image.getbands()), getattr(image, "tag_v2", {})
+        samples, bits = tags.get(SAMPLES, bands), max(tags.get(BITS, (16,)))
         if samples > bands:
             found.append(f"only {bands} of its {samples} bands are used")
         if pages > 1:
             found.append(f"only the first of its {pages} pages is used")
-        if wide:  # Pillow keeps 8 of the 16 bits of colours
-            values = np.asarray(image if image.mode[0] == "I" else image.convert("RGB"))
-            image.info["largest"] = int(values.max()) * (1 if image.mode[0] == "I" else 257)
+        if is_16_bit:  # Pillow keeps 8 of the 16 bits of colours
+            grey = image.mode[0] == "I"
+            values = np.asarray(image if grey else image.convert("RGB"))
+            image.info["largest"] = int(values.max()) * (2 ** max(0, 16 - bits) if grey else 257)
     return image, found
 
 
@@ -373,12 +372,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or 3 in kinds:
         raise ValueError("its values are floating-point numbers, whose range is unknown")
     # In files of these formats "I" is unsigned and scaled to 16 bits.
-    wide = image.mode[:4] == "I;16" or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if 2 in kinds or (image.mode[:1] == "I" and not wide):
+    unsigned = image.mode[:4] == "I;16" or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if 2 in kinds or (image.mode[0] == "I" and not unsigned):
         raise ValueError("its values are signed or 32-bit integers, whose range is unknown")
     if tags.get(PLANES) == 2 and bits > 8 and "largest" not in info:
         raise ValueError("its planes of 16 bits are read wrong by Pillow")
-    if wide:
+    if unsigned:
         values = np.asarray(image).astype(np.float32)
         clear = values == info.get("transparency", -1)
         values = (values * (255 / (2**bits - 1))).round().clip(0, 255)

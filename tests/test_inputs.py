@@ -526,6 +526,7 @@ def test_16_bits_in_other_orders_and_sizes(tmp_path):
     data[entry : entry + 12] = struct.pack("<HHII", 258, 4, 1, 12)
     (tmp_path / "12.tif").write_bytes(data)
     assert read_image(tmp_path / "12.tif").getpixel((2, 2)) == (99, 99, 99)
+    assert read_image(tmp_path / "12.tif").info["largest"] == 1591 * 16  # not dark
 
 
 def test_a_photograph_that_is_all_dark_is_named(trained, tmp_path, capsys):
