@@ -382,11 +382,11 @@ def main(argv=None):
     add("target", type=path_type, metavar="TARGET", help="file to write")
     args = parser.parse_args(argv)
     _, checkpoint = load_model(args.source, strict=True)
-    refuse_inside(args.target)
-    if args.target.exists():
+    refuse_inside(args.target.parent)
+    with writing(args.target):
+        exists = args.target.exists()
+    if exists:
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")
-    if not args.target.parent.is_dir():
-        raise UserError(f"{args.target}: there is no folder {args.target.parent}; make it first")
     save_checkpoint(args.target, without_training_state(checkpoint, torch.float16))
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB")
 

@@ -176,6 +176,7 @@ def writing(path: Path | str):
             errno.ENOSPC: "free some space",
             errno.EDQUOT: "free some space",
             errno.ENAMETOOLONG: "choose a shorter name",
+            errno.ENOENT: "make its folder first",
         }.get(error.errno, "make it writable, or choose another folder")
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}): {advice}") from None

@@ -178,9 +178,14 @@ def test_a_full_disk_is_named_with_the_file(where, trained, photos, tmp_path, fa
 
 @pytest.mark.parametrize(
     ("number", "advice"),
-    [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "free some space"),
-     (errno.ENAMETOOLONG, "a shorter name"), (errno.EROFS, "make it writable, or choose another")],
-)  # fmt: skip
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.ENAMETOOLONG, "choose a shorter name"),
+        (errno.ENOENT, "make its folder first"),
+        (errno.EROFS, "make it writable, or choose another"),
+    ],
+)
 def test_what_to_do_depends_on_the_cause(number, advice):
     with pytest.raises(UserError, match=rf"x\.pt: cannot be written \(.+\): .*{advice}"):  # noqa: SIM117
         with cli.writing("x.pt"):

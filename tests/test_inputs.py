@@ -13,6 +13,7 @@ import torch
 from conftest import TINY_CNN
 from PIL import Image, PngImagePlugin
 
+import checkpoint
 import data
 import evaluate
 import explain
@@ -615,6 +616,8 @@ def test_any_decoded_folder_is_kept_free_of_results(three, trained, tmp_path, fa
         inside = photos / "train" / "results"
         assert "is in the folder of images" in fails(script.main, *argv, "--out-dir", inside)
         assert not inside.exists()
+    line = fails(checkpoint.main, trained["cnn"], photos / "train" / "cat" / "x.pt")
+    assert "is in the folder of images" in line
 
 
 def test_cifar10_may_be_kept_where_results_go(tmp_path, fails):
