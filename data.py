@@ -147,14 +147,20 @@ def load_data(
         )
     if name == "folder":  # last, because it may take long
         images, content = decoded_images(data_dir, listing, image_size)
-    splits = []
-    for part, word in (("train", "training"), ("val", "validation"), ("test", "test")):
-        splits.append(Split(images, labels, parts[part], files))
-        missing = set(range(len(classes))) - set(labels[parts[part]].tolist())
-        if missing and len(parts[part]):
-            notes.append(f"no {word} images of {quoted([classes[label] for label in missing])}")
+    splits = [Split(images, labels, parts[part], files) for part in ("train", "val", "test")]
+    notes += _missing_classes(splits, classes)
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else channel_statistics(splits[0])
     return Data(name, *splits, list(classes), mean, std, "; ".join(notes), content, drawn)
+
+
+def _missing_classes(splits: list[Split], classes: list[str]) -> list[str]:
+    """A note for each split that has images, but none of some class."""
+    notes = []
+    for split, word in zip(splits, ("training", "validation", "test"), strict=True):
+        missing = set(range(len(classes))) - set(split.labels[split.indices].tolist())
+        if missing and len(split):
+            notes.append(f"no {word} images of {quoted([classes[label] for label in missing])}")
+    return notes
 
 
 def stratified_split(labels, indices, fraction, what, advice, classes, *, every=False):
