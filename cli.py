@@ -167,8 +167,12 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path | str):
-    """Raise a UserError that names `path`, in place of an OSError in the block."""
+def writing(path: Path | str, *, needed: bool = True):
+    """Name `path` if something in the block cannot be written, in place of an OSError.
+
+    Raises:
+        UserError: it is `needed`. Otherwise a warning is printed.
+    """
     try:
         yield
     except OSError as error:
@@ -178,17 +182,10 @@ def writing(path: Path | str):
             errno.ENAMETOOLONG: "choose a shorter name",
             errno.ENOENT: "make its folder first",
         }.get(error.errno, "make it writable, or choose another folder")
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}): {advice}") from None
-
-
-@contextlib.contextmanager
-def warning(path: Path | str):
-    """Print a warning that names `path`, in place of an OSError in the block."""
-    try:
-        yield
-    except OSError as error:
-        warn(f"{path}: cannot be written ({error.strerror or error}); the work goes on without")
+        message = f"{path}: cannot be written ({error.strerror or error}): {advice}"
+        if needed:
+            raise UserError(message) from None
+        warn(f"{message}; the work goes on")
 
 
 def refuse_inside(folder: Path, images: Path | None = None) -> None:
@@ -214,20 +211,21 @@ def make_out_dir(folder: Path, images: Path | None = None, *, curves: bool = Tru
     if curves and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"--out-dir {folder}: TensorBoard needs a name in UTF-8: choose another")
     with writing(f"--out-dir {folder}"):
+        before = set(folder.iterdir()) if folder.is_dir() else None
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     if stack := _at_end.get(None):
-        stack.callback(_mark_results, folder)
+        stack.callback(_mark_results, folder, before)
         stack.enter_context(locked(folder))
 
 
-def _mark_results(folder: Path) -> None:
-    """Mark a folder of results, or remove it if nothing was written."""
+def _mark_results(folder: Path, before: set[Path] | None) -> None:
+    """Mark a folder in which files have been written. Remove it if it is new and empty."""
     with contextlib.suppress(OSError):
-        if any(folder.iterdir()):
+        if set(folder.iterdir()) - (before or set()):
             (folder / RESULTS).touch()
-        else:
+        elif before is None:
             folder.rmdir()
 
 
@@ -235,7 +233,7 @@ def _mark_results(folder: Path) -> None:
 def locked(path: Path, *, wait: bool = False):
     """Hold an exclusive lock on `path`. It ends with the process, however that ends.
 
-    Without file locks (Windows, some network disks) nothing is locked.
+    Where that is not possible (Windows, some network disks, read-only ones) nothing is locked.
 
     Args:
         path: a folder, or a file, which is made if it is not there.
@@ -244,22 +242,20 @@ def locked(path: Path, *, wait: bool = False):
     Raises:
         UserError: another program has it.
     """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
-    try:
-        with contextlib.suppress(OSError):
-            try:
+    with contextlib.ExitStack() as stack:
+        try:
+            handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+            stack.callback(os.close, handle)
+            if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise UserError(
-                    f"{path}: another program is writing there: wait for it, or choose another "
-                    "--out-dir"
-                ) from None
+        except BlockingIOError:
+            raise UserError(
+                f"{path}: another program is writing there: wait for it, or choose another "
+                "--out-dir"
+            ) from None
+        except OSError:
+            pass
         yield
-    finally:
-        os.close(handle)
 
 
 def printable(text) -> str:

@@ -157,7 +157,7 @@ def _missing_classes(splits: list[Split], classes: list[str]) -> list[str]:
     """A note for each split that has images, but none of some class."""
     notes = []
     for split, word in zip(splits, ("training", "validation", "test"), strict=True):
-        missing = set(range(len(classes))) - set(split.labels[split.indices].tolist())
+        missing = set(range(len(classes))) - set(split.labels[split.indices].unique().tolist())
         if missing and len(split):
             notes.append(f"no {word} images of {quoted([classes[label] for label in missing])}")
     return notes

@@ -40,7 +40,15 @@ from cli import (
     use_device,
     writing,
 )
-from figures import plot_confusion, plot_counts, plot_curves, plot_examples, with_plain_text
+from figures import (
+    MOST_CURVES,
+    MOST_MATRICES,
+    plot_confusion,
+    plot_counts,
+    plot_curves,
+    plot_examples,
+    with_plain_text,
+)
 from models import count_parameters
 from prepare import TrainedModel, load_data_for, load_models
 
@@ -200,6 +208,9 @@ def main(argv=None):
         reports.append(f"{model.name}\n\n{report}")
 
     # 4. Draw.
+    for figure, most in (("confusion_matrix", MOST_MATRICES), ("learning_curves", MOST_CURVES)):
+        if len(models) > most:
+            print(f"{figure}.png shows the first {most} of {len(models)} checkpoints")
     figures = {
         "confusion_matrix": plot_confusion(metrics, data.classes),
         "learning_curves": plot_curves({m.name: m.checkpoint["history"] for m in models}),

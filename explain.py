@@ -277,9 +277,9 @@ def draw(models: list[TrainedModel], methods, examples: Examples, columns, kind:
     """The figures, by the name of their file."""
     rows, most = LARGEST_FIGURE
     pictures = examples.pictures[:rows]
-    for what, all_of_them, drawn in (("images", examples.names, rows), ("maps", columns, most)):
-        if len(all_of_them) > drawn:
-            print(f"the figures show the first {drawn} of {len(all_of_them)} {what}")
+    for what, existing, limit in (("images", examples.names, rows), ("maps", columns, most)):
+        if len(existing) > limit:
+            print(f"the figures show the first {limit} of {len(existing)} {what}")
     names = shorten(examples.names[: len(pictures)])
     together = "+".join(model.name for model in models)
     title = file_name(f"{together}_explanations-{kind}", ".png")

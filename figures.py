@@ -36,9 +36,14 @@ with without_backend():
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-MOST_CLASSES = 25, 50, 100  # with numbers in cells, with an example, with a name on an axis
-MOST_LAYERS, MOST_HEADS = 24, 16  # in a figure of attention
-MOST_MODELS = 6, 10  # with a confusion matrix, with curves: as many as there are colours
+# What a figure of readable size holds.
+MOST_BARS, MOST_EXAMPLES, MOST_NAMES = (
+    25,
+    50,
+    100,
+)  # classes with numbers, with an image, on an axis
+MOST_LAYERS, MOST_HEADS = 24, 16  # of attention
+MOST_MATRICES, MOST_CURVES = 6, 10  # checkpoints; matplotlib has ten colours
 COLORS = matplotlib.colormaps["turbo"]
 SIGNED_COLORS = matplotlib.colormaps["RdBu_r"]
 # These sentences name the colours above.
@@ -76,7 +81,7 @@ def name_axis(axis, names: list[str], notes=None, *, tilt: bool = False) -> None
 
     `tilt`: at an angle, unless they are very short.
     """
-    step = -(-len(names) // MOST_CLASSES[2])  # rounded up
+    step = -(-len(names) // MOST_NAMES)  # rounded up
     short = [a + b for a, b in zip(shorten(names), notes or [""] * len(names), strict=True)][::step]
     style = {"fontsize": 10 if len(names) <= 50 else 6}
     if tilt and max(map(len, short)) > 3:
@@ -210,8 +215,8 @@ def plot_attention_heads(picture, name: str, attention: torch.Tensor, title: str
 
 def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
     """A panel per model; a cell has the number of images and their fraction of the true class."""
-    metrics = dict(itertools.islice(metrics.items(), MOST_MODELS[0]))
-    C, few = len(classes), len(classes) <= MOST_CLASSES[0]
+    metrics = dict(itertools.islice(metrics.items(), MOST_MATRICES))
+    C, few = len(classes), len(classes) <= MOST_BARS
     side = max(4.0, 0.66 * C) if few else 12.0 if len(metrics) == 1 else 8.0
     columns = min(len(metrics), 3)
     rows = -(-len(metrics) // columns)
@@ -229,7 +234,7 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
         axes.set(xlabel="predicted", ylabel="true")
         correct = f"{scores['accuracy']:.2%} of {scores['images']:,} images correct"
         axes.set_title(f"{name}\n{correct}")
-        if len(classes) <= MOST_CLASSES[2]:
+        if len(classes) <= MOST_NAMES:
             axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
             axes.set_yticks(np.arange(C - 1) + 0.5, minor=True)
             axes.grid(which="minor", color="0.9", linewidth=0.8)
@@ -246,7 +251,7 @@ def plot_curves(histories: dict[str, list[dict]]) -> Figure:
     """Accuracy and loss of trainings, by epoch and by training time; validation is solid."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharey="row", sharex="col")
-    histories = dict(itertools.islice(histories.items(), MOST_MODELS[1]))
+    histories = dict(itertools.islice(histories.items(), MOST_CURVES))
     names = shorten(list(histories), 40)
     for row, quantity in zip(grid, ("accuracy", "loss"), strict=True):
         for axes, unit in zip(row, ("epoch", "minutes of training"), strict=True):
@@ -271,7 +276,7 @@ def plot_curves(histories: dict[str, list[dict]]) -> Figure:
 
 def plot_examples(split: Split, classes: list[str]) -> Figure:
     """The first image of each class in a split, of the first classes if there are many."""
-    drawn = shorten(classes, 14)[: MOST_CLASSES[1]]
+    drawn = shorten(classes, 14)[:MOST_EXAMPLES]
     columns = min(len(drawn), 10)
     rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.3), layout="constrained")
@@ -302,7 +307,7 @@ def plot_counts(data: Data) -> Figure:
             continue
         counts = torch.bincount(split.labels[split.indices], minlength=C).numpy()
         label = f"{part}: {len(split):,}"
-        if len(data.classes) > MOST_CLASSES[0]:
+        if len(data.classes) > MOST_BARS:
             axes.plot(x, counts, ".", markersize=4, label=label)
         else:
             bars = axes.bar(x + (i - 1) * 0.28, counts, 0.28, label=label)

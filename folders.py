@@ -284,6 +284,7 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
     Raises:
         BadImageError: the file is missing, or not an image that Pillow can read.
     """
+    data = b""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
@@ -294,7 +295,7 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
             except DAMAGED:
                 image, found = _load(_critical_chunks(data))  # its pixels count, not its metadata
     except DAMAGED as error:
-        raise BadImageError(f"{path}: {_reason(error, path)}") from None
+        raise BadImageError(f"{path}: {_reason(error, data)}") from None
     found += [str(warning.message) for warning in caught]
     if remarks is not None:
         remarks += [f"{path}: {text}" for text in found]
@@ -308,16 +309,13 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
     return image
 
 
-def _reason(error: Exception, path) -> str:
-    """Why a file cannot be read, and what to do."""
-    start = b""
+def _reason(error: Exception, data: bytes) -> str:
+    """Why a file with the content `data` cannot be read, and what to do."""
     if isinstance(error, UnidentifiedImageError | ValueError):
-        with Path(path).open("rb") as file:
-            start = file.read(12)
-    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "a TIFF of bands or bits that Pillow does not read; save it as 8-bit RGB"
-    if start[4:11] in (b"ftyphei", b"ftypmif"):
-        return "a HEIC image; save it as JPEG or PNG"
+        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return "a TIFF of bands or bits that Pillow does not read; save it as 8-bit RGB"
+        if data[4:11] in (b"ftyphei", b"ftypmif"):
+            return "a HEIC image; save it as JPEG or PNG"
     return {
         FileNotFoundError: "no such file; check its name",
         IsADirectoryError: "is a folder; name image files",

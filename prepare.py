@@ -30,7 +30,7 @@ from settings import FREE, as_flags
 
 
 def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None):
-    """Load the data, build the network, make --out-dir; print in one line what will be trained.
+    """Load the data, build the network; print in one line what will be trained.
 
     Args:
         flags: all flags of a training script.
@@ -42,8 +42,8 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         (model on its device, training batches, validation batches or None, metadata).
 
     Raises:
-        UserError: no such device, no data, a network that cannot be built, an --out-dir that cannot
-            be written, or other images than those of the run to resume.
+        UserError: no such device, no data, a network that cannot be built, or other images than
+            those of the run to resume.
     """
     device = use_device(flags)
     amp_dtype = choose_amp(flags.amp, device)

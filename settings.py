@@ -119,10 +119,15 @@ def as_flags(values: dict) -> str:
 
 
 def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict):
-    """Read the command line; return (all flags, the checkpoint to resume from or None).
+    """Read the command line, and make --out-dir.
+
+    Returns:
+        (all flags, the checkpoint to resume from or None).
 
     Raises:
-        UserError: --out-dir is occupied, nothing to resume, or a flag that conflicts with the run.
+        UserError: --out-dir is occupied, in use or cannot be written, there is nothing to resume,
+            or a flag conflicts with the run or with --init.
+        Finished: the run to resume is finished.
     """
     defaults = vars(parser.parse_args([]))
     not_typed = object()  # argparse does not tell typed flags from defaults; this default does

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import check_finite, check_metadata, restore, save_epoch, training_state
-from cli import choose_amp, printable, warning, writing
+from cli import choose_amp, printable, writing
 from models import unwrap
 
 
@@ -284,7 +284,7 @@ def open_logs(settings, step: int, flags: dict):
 def log_row(row: dict, log_train, log_val) -> None:
     """Print a row of the history, and add its points to TensorBoard, at the row's step."""
     print(table_row(row), flush=True)
-    with warning(log_train.log_dir):
+    with writing(log_train.log_dir, needed=False):
         for tag in ("loss", "accuracy"):
             log_train.add_scalar(tag, row[f"train_{tag}"], row["step"])
             if row[f"val_{tag}"] is not None:
@@ -299,7 +299,7 @@ def log_row(row: dict, log_train, log_val) -> None:
 def close_logs(*logs) -> None:
     """Write what is left."""
     for log in logs:
-        with warning(log.log_dir):
+        with writing(log.log_dir, needed=False):
             log.close()
 
 

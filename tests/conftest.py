@@ -33,6 +33,27 @@ def fails(capsys):
     return call
 
 
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Call `main(argv)`; Ctrl-C comes before its second epoch is saved."""
+    import training
+
+    def call(main, *argv):
+        real = training.log_row
+
+        def stop_in_the_second_epoch(row, *logs):
+            if row["epoch"] == 2:
+                raise KeyboardInterrupt
+            real(row, *logs)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(training, "log_row", stop_in_the_second_epoch)
+            main([str(a) for a in argv])
+        assert end.value.code == 130
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A small CNN and a small ViT, trained for a moment on digits: {"cnn": best.pt, "vit": ...}."""

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 import re
 import shutil
@@ -245,6 +246,20 @@ def test_official_cifar10_archive_is_read(tmp_path, monkeypatch):
     assert np.array_equal(
         cifar.train.images[20:40].numpy(), rows["data_batch_2"].reshape(-1, 3, 32, 32)
     )
+
+
+def test_cifar10_is_read_from_a_read_only_folder(tmp_path, monkeypatch):
+    make_archive(tmp_path, monkeypatch)
+    first, real = load_data("cifar10", tmp_path), os.open
+
+    def read_only(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT:
+            raise OSError(30, "Read-only file system", str(path))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    again = load_data("cifar10", tmp_path)
+    assert torch.equal(first.train.images, again.train.images)
 
 
 def test_damaged_cifar10_archive_is_refused(tmp_path, monkeypatch):

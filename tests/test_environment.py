@@ -204,7 +204,7 @@ def test_curves_that_cannot_be_written_do_not_end_a_training(tmp_path, monkeypat
     assert checkpoint.load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
     for line in capsys.readouterr().err.splitlines():
         assert line.startswith(f"warning: {tmp_path}/")
-        assert "cannot be written (No space left on device); the work goes on" in line
+        assert "(No space left on device): free some space; the work goes on" in line
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
@@ -228,6 +228,15 @@ def test_a_read_only_folder_is_decoded_elsewhere(number, photos, tmp_path, monke
     assert torch.equal(first.test.images, again.test.images)
     assert f"decoded images are kept in {tmp_path / 'home' / 'torch' / 'images'}" in again.note
     assert not list(photos.glob(".cache*"))
+
+
+def test_a_lock_is_not_needed_to_read(tmp_path, monkeypatch):
+    """As for CIFAR-10 in a read-only folder, where no lock can be made."""
+    monkeypatch.setattr(os, "open", no_space)
+    entered = False
+    with cli.locked(tmp_path / ".lock", wait=True):
+        entered = True
+    assert entered
 
 
 # ---------------------------------------------------------------- two programs
@@ -280,6 +289,16 @@ def test_a_second_program_waits_for_the_decoding_of_the_first(photos, tmp_path):
     thread.join(60)
     other.join()
     assert list(photos.glob(".cache*.bin"))
+
+
+def test_a_refusal_leaves_an_out_dir_as_it_was(tmp_path, fails):
+    """Not marked as results, not removed; one that is new is removed."""
+    mine, empty, new = (tmp_path / name for name in ("mine", "empty", "new"))
+    mine.mkdir(), empty.mkdir()
+    (mine / "notes.txt").touch()
+    for folder in (mine, empty, new):
+        fails(train_cnn.main, *DIGITS, *TINY_CNN, "--batch-size", 5000, "--out-dir", folder)
+    assert sorted(tmp_path.rglob("*")) == [empty, mine, mine / "notes.txt"]
 
 
 def test_a_refused_training_can_be_repeated(tmp_path, fails):
@@ -374,25 +393,12 @@ def test_a_checkpoint_that_names_no_arguments_has_those_of_the_network(tmp_path,
     train_cnn.main([*map(str, argv), "--widths", "48", "112"])
 
 
-def test_an_interrupted_start_from_weights_resumes_without_the_file(tmp_path, monkeypatch):
+def test_an_interrupted_start_from_weights_resumes_without_the_file(tmp_path, interrupted):
     """And ends in the weights of the uninterrupted one."""
-    import training
-
     train(tmp_path / "first")
-    path = str(tmp_path / "first" / "best.pt")
-    argv = [*DIGITS, "--epochs", "2", "--init", path]
+    argv = [*DIGITS, "--epochs", "2", "--init", str(tmp_path / "first" / "best.pt")]
     train_cnn.main([*argv, "--out-dir", str(tmp_path / "whole")])
-    real = training.log_row
-
-    def stop(row, *logs):
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-        real(row, *logs)
-
-    monkeypatch.setattr(training, "log_row", stop)
-    with pytest.raises(SystemExit):
-        train_cnn.main([*argv, "--out-dir", str(tmp_path / "parts")])
-    monkeypatch.setattr(training, "log_row", real)
+    interrupted(train_cnn.main, *argv, "--out-dir", tmp_path / "parts")
     shutil.rmtree(tmp_path / "first")
     train_cnn.main(["--resume", "--out-dir", str(tmp_path / "parts")])
     whole, parts = (

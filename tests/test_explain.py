@@ -1,3 +1,4 @@
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -319,6 +320,7 @@ def test_same_names_and_dollars_are_kept_apart(trained, photos, tmp_path):
         name.write_bytes((photos / "test" / part / "03.png").read_bytes())
     explain.main([str(trained["cnn"]), "--images", *map(str, names), "--out-dir", str(tmp_path)])
     assert len(list(tmp_path.glob("?-a$_$_digits-cnn_grad-cam_predicted.png"))) == 2
+    assert matplotlib.rcParams["text.parse_math"]  # of the process, such as a notebook's
 
 
 @pytest.mark.parametrize(

@@ -505,7 +505,7 @@ def test_a_network_of_the_wrong_shape_is_refused_before_images_are_read(tmp_path
 
 
 def test_16_bits_in_other_orders_and_sizes(tmp_path):
-    """Big-endian; 12 bits packed; 16 bits plane by plane, which Pillow reads as noise."""
+    """Big-endian; 12 bits packed."""
     values = (GREY * 257).astype(np.uint16)
     tiff(tmp_path / "big.tif", values)
     data = bytearray((tmp_path / "big.tif").read_bytes())
@@ -528,6 +528,49 @@ def test_16_bits_in_other_orders_and_sizes(tmp_path):
     (tmp_path / "12.tif").write_bytes(data)
     assert read_image(tmp_path / "12.tif").getpixel((2, 2)) == (99, 99, 99)
     assert read_image(tmp_path / "12.tif").info["largest"] == 1591 * 16  # not dark
+
+
+def test_16_bits_plane_by_plane_are_refused():
+    """Pillow reads the two bytes of a value as two pixels there."""
+    image = Image.new("RGB", (4, 4))
+    image.tag_v2 = {258: (16, 16, 16), 277: 3, 284: 2}
+    with pytest.raises(ValueError, match="planes of 16 bits are read wrong"):
+        folders.to_rgb(image)
+    image.tag_v2 = {258: (8, 8, 8), 277: 3, 284: 2}
+    assert folders.to_rgb(image).mode == "RGB"
+
+
+def test_transparency_of_16_bits_is_laid_over_white(tmp_path):
+    values = np.full((4, 6), 257 * 99, np.uint16)
+    values[0, 0] = 1234
+    Image.fromarray(values).save(tmp_path / "x.png", transparency=1234)
+    read = read_image(tmp_path / "x.png")
+    assert read.getpixel((0, 0)) == (255,) * 3 and read.getpixel((1, 1)) == (99,) * 3
+
+
+def test_an_older_checkpoint_with_decomposed_names_knows_its_classes(tmp_path):
+    """As macOS gave them to a version that did not compose them."""
+    for part in ("train", "test"):
+        classes_of(tmp_path / "photos" / part, "caf\u00e9", "dog")
+    train_cnn.main(folder_flags(tmp_path / "photos", "--out-dir", tmp_path / "run"))
+    state = load_checkpoint(tmp_path / "run" / "best.pt")
+    state["classes"] = ["cafe\u0301", "dog"]
+    checkpoint.save_checkpoint(tmp_path / "old.pt", state)
+    models = load_models([str(tmp_path / "old.pt")], torch.device("cpu"))
+    assert load_data_for(models, None, None).classes == ["caf\u00e9", "dog"]
+    out = ["--out-dir", str(tmp_path / "out")]
+    explain.main([str(tmp_path / "old.pt"), "--target", "cafe\u0301", "--count", "1", *out])
+
+
+def test_checkpoints_that_a_figure_does_not_show_are_counted(
+    trained, tmp_path, capsys, monkeypatch
+):
+    for module in (evaluate, figures):
+        monkeypatch.setattr(module, "MOST_MATRICES", 1)
+    evaluate.main([*map(str, trained.values()), "--out-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "confusion_matrix.png shows the first 1 of 2 checkpoints" in out
+    assert "learning_curves.png shows" not in out
 
 
 def test_a_photograph_that_is_all_dark_is_named(trained, tmp_path, capsys):

@@ -157,23 +157,10 @@ def leaves(tree) -> list:
 @pytest.mark.parametrize(
     ("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, [*TINY_VIT, *RANDOM])]
 )
-def test_killed_and_resumed_is_the_run_that_was_never_killed(tmp_path, monkeypatch, script, tiny):
+def test_killed_and_resumed_is_the_run_that_was_never_killed(tmp_path, interrupted, script, tiny):
     argv = [*FAST, *tiny, "--epochs", "3", "--erase", "4"]
     script.main([*argv, "--out-dir", str(tmp_path / "whole")])
-
-    real, calls = training.table_row, []
-
-    def killed_in_the_second_epoch(row):
-        calls.append(row)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(row)
-
-    monkeypatch.setattr(training, "table_row", killed_in_the_second_epoch)
-    with pytest.raises(SystemExit) as end:
-        script.main([*argv, "--out-dir", str(tmp_path / "parts")])
-    assert end.value.code == 130
-    monkeypatch.undo()
+    interrupted(script.main, *argv, "--out-dir", tmp_path / "parts")
     assert load_checkpoint(tmp_path / "parts" / "last.pt")["epoch"] == 1
     torch.manual_seed(12345)  # the state of the generator must not matter
     script.main(["--resume", "--out-dir", str(tmp_path / "parts"), "--device", "cpu"])

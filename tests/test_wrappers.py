@@ -44,21 +44,13 @@ def same(a: dict, b: dict, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, TINY_VIT)])
-def test_compiled_and_eager_runs_are_interchangeable(tmp_path, monkeypatch, script, tiny):
+def test_compiled_and_eager_runs_are_interchangeable(
+    tmp_path, monkeypatch, interrupted, script, tiny
+):
     """A run begun eagerly and resumed compiled has the weights of the eager run."""
     argv = [*DIGITS, *tiny, "--epochs", "2"]
     script.main([*argv, "--out-dir", str(tmp_path / "eager")])
-    real = training.log_row
-
-    def stop_in_the_second_epoch(row, *logs):
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-        real(row, *logs)
-
-    monkeypatch.setattr(training, "log_row", stop_in_the_second_epoch)
-    with pytest.raises(SystemExit):
-        script.main([*argv, "--out-dir", str(tmp_path / "mixed")])
-    monkeypatch.setattr(training, "log_row", real)
+    interrupted(script.main, *argv, "--out-dir", tmp_path / "mixed")
     compiled = aot_eager(monkeypatch)
     script.main(["--resume", "--compile", "--out-dir", str(tmp_path / "mixed")])
     assert compiled == ["CNN" if script is train_cnn else "ViT"]
