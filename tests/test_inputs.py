@@ -567,6 +567,7 @@ def test_checkpoints_that_a_figure_does_not_show_are_counted(
 ):
     for module in (evaluate, figures):
         monkeypatch.setattr(module, "MOST_MATRICES", 1)
+    monkeypatch.setattr(evaluate, "write_figures", lambda *_: None)  # it takes seconds
     evaluate.main([*map(str, trained.values()), "--out-dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert "confusion_matrix.png shows the first 1 of 2 checkpoints" in out
