@@ -1,23 +1,96 @@
 """Attribution methods: which parts of an image a network uses.
 
-    B batch   K feature channels   h, w feature map   N tokens = 1 class token + P patches
-    L layers  heads
+    B batch   C classes   K feature channels   h, w feature map   H, W image
+    N tokens = 1 class token + P patches
 
-Each method is a function `(model, images, targets) -> maps (B, h, w)`, and a row of `METHODS`, the
-table at the end. images (B, 3, H, W), normalised; targets (B,), the classes to explain. The model
-is in eval mode; nothing of it is changed. Methods read what `forward_features` returns (see
-`models.py`), so they need no hooks and no second copy of a network's forward.
+Each method is a function `(run, weights, layer) -> maps (B, h, w)`, and a row of `METHODS`, the
+table at the end. `run` is a forward pass: the logits, and what `forward_features` returns on the
+way (see `models.py`), so methods need no hooks, and several can share one pass. `weights` (B, C)
+choose the score that is explained, the sum of weights × logits: 1 for a class; 1 and -1 for the
+difference of two. `layer` counts as a list does: -1 is the last.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+from torch import nn
+
+from models import unwrap
+
+OCCLUSION_GRID = 8  # cells along each side
 
 
-def intermediates_of(model, images: torch.Tensor) -> dict:
-    """What `forward_features` returns beside the features."""
-    return model.forward_features(images, return_intermediates=True)[1]
+@dataclasses.dataclass
+class ForwardPass:
+    """What a network computed for B images."""
+
+    model: nn.Module
+    images: torch.Tensor  # (B, 3, H, W), normalised
+    logits: torch.Tensor  # (B, C)
+    layers: dict[str, list[torch.Tensor]]  # the intermediates of `models.py`; {}: it has none
+
+    def gradient(self, weights: torch.Tensor, of):
+        """The gradient of the score by a tensor, or by each of a list of tensors.
+
+        In eval mode images are independent, so one backward pass serves the whole batch.
+        """
+        score = (weights * self.logits).sum()
+        gradients = torch.autograd.grad(score, of, retain_graph=True)
+        return gradients if isinstance(of, list) else gradients[0]
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module):
+    """Eval mode and frozen parameters (faster); afterwards everything is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p in trainable:
+            p.requires_grad_()
+
+
+def forward_pass(model: nn.Module, images: torch.Tensor, *, graph: bool = True) -> ForwardPass:
+    """Run a network in eval mode on images (B, 3, H, W). `graph`: record what gradients need."""
+    model = unwrap(model)
+    with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(graph):
+        images = images.detach().clone().requires_grad_(graph)
+        if not hasattr(model, "forward_features"):
+            return ForwardPass(model, images, model(images), {})
+        features, layers = model.forward_features(images, return_intermediates=True)
+        return ForwardPass(model, images, model.forward_head(features), layers)
+
+
+def attribute(model, images, targets, method="grad-cam", *, versus=None, layer=-1):
+    """Maps (B, h, w) by one row of `METHODS`.
+
+    The model, its mode, its gradients and the random state stay as they are.
+
+    Args:
+        model: any network that takes images and returns logits (B, C).
+        images: (B, 3, H, W), normalised.
+        targets: (B,), the classes to explain, as indices of the logits.
+        method: a key of `METHODS`.
+        versus: (B,), classes to compare with: explain the difference of the two logits.
+        layer: the stage or block, from 0, or -1 for the last; ignored where there is no choice.
+    """
+    run = forward_pass(model, images, graph=METHODS[method].gradients)
+    weights = F.one_hot(targets, run.logits.shape[1]).float()
+    if versus is not None:
+        weights = weights - F.one_hot(versus, run.logits.shape[1])
+    return METHODS[method].compute(run, weights, layer).detach()
+
+
+# ---------------------------------------------------------------- maps
 
 
 def patch_grid(patches: torch.Tensor) -> torch.Tensor:
@@ -27,39 +100,74 @@ def patch_grid(patches: torch.Tensor) -> torch.Tensor:
 
 
 def token_map(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, 1 + P, D) without the class token, as a map (B, D, h, w)."""
+    """Tokens (B, N, D) without the class token, as a map (B, D, h, w)."""
     return patch_grid(tokens[:, 1:].transpose(1, 2))
 
 
-@torch.enable_grad()
-def grad_cam(model, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, eq. 1 and 2): maps (B, h, w), >= 0.
+def map_and_gradient(run: ForwardPass, weights: torch.Tensor, layer: int):
+    """A layer's features and the score's gradient by them, both (B, K, h, w).
 
-    A is the last feature map or, for a network without one, the tokens that enter its last
-    attention, laid out as a map.
+    Features are a stage's map or, of a network without maps, the tokens that enter a block's
+    attention. (At the last block's output the gradient by the patches is exactly 0.)
     """
-    features, intermediates = model.forward_features(images, return_intermediates=True)
-    A = intermediates["map" if "map" in intermediates else "tokens"][-1]
-    logits = model.forward_head(features)  # (B, C)
-    score = logits.gather(1, targets[:, None]).sum()  # images are independent: one backward
-    (gradient,) = torch.autograd.grad(score, A)
-    if "map" not in intermediates:
-        A, gradient = token_map(A), token_map(gradient)
-    alpha = gradient.mean((2, 3), keepdim=True)  # eq. 1: (B, K, 1, 1)
-    return (alpha * A).sum(1).relu().detach()  # eq. 2
+    if "map" in run.layers:
+        A = run.layers["map"][layer]
+        return A, run.gradient(weights, A)
+    A = run.layers["tokens"][layer]
+    return token_map(A), token_map(run.gradient(weights, A))
+
+
+def grad_cam(run: ForwardPass, weights: torch.Tensor, layer: int = -1) -> torch.Tensor:
+    """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, eq. 1 and 2), without its ReLU.
+
+    So values below 0 are evidence against the class, and no map is empty.
+    """
+    A, gradient = map_and_gradient(run, weights, layer)
+    alpha = gradient.mean((2, 3))  # eq. 1: (B, K)
+    return torch.einsum("bk,bkhw->bhw", alpha, A)  # eq. 2
+
+
+def layer_cam(run: ForwardPass, weights: torch.Tensor, layer: int = -1) -> torch.Tensor:
+    """LayerCAM (Jiang et al. 2021, IEEE TIP 30), without its ReLU.
+
+    Each cell has its own weights, so maps of early layers are useful too.
+    """
+    A, gradient = map_and_gradient(run, weights, layer)
+    return (gradient.relu() * A).sum(1)
 
 
 @torch.no_grad()
-def attention_maps(model, images: torch.Tensor) -> torch.Tensor:
-    """The class token's attention to the patches: (B, L, heads, h, w)."""
-    attention = torch.stack(intermediates_of(model, images)["attention"], dim=1)
-    rows = attention[:, :, :, 0, 1:]  # of (B, L, heads, N, N): (B, L, heads, P)
-    return patch_grid(rows)
+def class_maps(run: ForwardPass) -> torch.Tensor | None:
+    """The Grad-CAM of every class at the last map, (B, C, h, w), from one product.
+
+    After an average and a linear layer W, the gradient is W / (h w) for every image (Zhou et al.
+    2016, arXiv 1512.04150, eq. 2). So the cells of a map add up to the logit without its bias.
+    None: the network's head is something else.
+    """
+    A = run.layers["map"][-1]
+    K, h, w = A.shape[1:]
+    units = torch.eye(K, device=A.device)[:, :, None, None]
+    bias = run.model.forward_head(torch.zeros_like(units[:1]))  # (1, C)
+    W = run.model.forward_head(units) - bias  # (K, C)
+    maps = torch.einsum("kc,bkhw->bchw", W, A) / (h * w)
+    exact = torch.allclose(maps.sum((2, 3)) + bias, run.logits, rtol=1e-3, atol=1e-3)
+    return maps if exact else None
 
 
-def last_attention(model, images: torch.Tensor, targets=None) -> torch.Tensor:
-    """The class token's attention in the last layer, mean of the heads: (B, h, w), of no class."""
-    return attention_maps(model, images)[:, -1].mean(1)
+# ---------------------------------------------------------------- attention
+
+
+def class_token_maps(attention: torch.Tensor) -> torch.Tensor:
+    """The class token's row of attention (..., N, N) over the patches, (..., h, w).
+
+    In multiples of uniform attention: 1 is the weight that every token would have.
+    """
+    return patch_grid(attention[..., 0, 1:] * attention.shape[-1])
+
+
+def last_attention(run: ForwardPass, weights=None, layer: int = -1) -> torch.Tensor:
+    """The class token's attention in a layer, mean of the heads; of no class."""
+    return class_token_maps(run.layers["attention"][layer].mean(1))
 
 
 def rollout(attentions: list[torch.Tensor]) -> torch.Tensor:
@@ -68,65 +176,149 @@ def rollout(attentions: list[torch.Tensor]) -> torch.Tensor:
     attentions: per layer (B, heads, N, N), the first layer first. Heads are averaged, and the
     shortcut around the attention counts as much as the attention: A <- (A + I) / 2.
     """
-    total = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
+    total = identity = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     for attention in attentions:
-        A = attention.mean(1)  # (B, N, N)
-        A = (A + torch.eye(A.shape[-1], device=A.device)) / 2
-        total = A @ total
+        total = (attention.mean(1) + identity) / 2 @ total
     return total
 
 
+def attention_rollout(run: ForwardPass, weights=None, layer=None) -> torch.Tensor:
+    """The class token's row of the rollout; of no class."""
+    return class_token_maps(rollout(run.layers["attention"]))
+
+
+def relevance(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
+    """Gradient-weighted attention (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6): >= 0."""
+    attentions = run.layers["attention"]
+    R = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
+    for A, gradient in zip(attentions, run.gradient(weights, attentions), strict=True):
+        A = (gradient * A).relu_().mean(1)  # eq. 5: (B, N, N)
+        R = R + A @ R  # eq. 6
+    return patch_grid(R[:, 0, 1:])
+
+
+# ---------------------------------------------------------------- any network
+
+
+def input_x_gradient(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
+    """Input × gradient (Shrikumar et al. 2016, arXiv 1605.01713), summed over the colours."""
+    return (run.images * run.gradient(weights, run.images)).sum(1)  # (B, H, W)
+
+
 @torch.no_grad()
-def attention_rollout(model, images: torch.Tensor, targets=None) -> torch.Tensor:
-    """The class token's row of the rollout, over the patches: (B, h, w), of no class."""
-    return patch_grid(rollout(intermediates_of(model, images)["attention"])[:, 0, 1:])
+def occlusion(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
+    """By how much the score falls when one of 8×8 cells gets the mean colour.
 
-
-@torch.enable_grad()
-def input_x_gradient(model, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Input × gradient (Shrikumar et al. 2016, arXiv 1605.01713), summed over the channels.
-
-    Signed: > 0 speaks for the class, < 0 against it. It needs nothing but `forward`.
+    (Zeiler and Fergus 2014, arXiv 1311.2901, sec. 4.2.) It needs 64 more forward passes.
     """
-    images = images.detach().requires_grad_()
-    score = model(images).gather(1, targets[:, None]).sum()
-    (gradient,) = torch.autograd.grad(score, images)
-    return (images * gradient).sum(1).detach()  # (B, H, W)
+    cells = torch.eye(OCCLUSION_GRID**2, device=run.images.device)
+    cells = patch_grid(cells)[:, None, None]  # (64, 1, 1, 8, 8)
+    drops = []
+    with undisturbed(run.model):
+        for cell in cells:
+            hidden = F.interpolate(cell, run.images.shape[2:])  # nearest
+            change = run.logits - run.model(run.images * (1 - hidden))
+            drops.append((weights * change).sum(1))
+    return patch_grid(torch.stack(drops, dim=1))
+
+
+# ---------------------------------------------------------------- of attention, positions, maps
+
+
+def attention_statistics(run: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention distance in pixels and entropy in nats of each head, both (B, L, heads).
+
+    Distance (Dosovitskiy et al. 2021, arXiv 2010.11929, app. D.7): how far apart the patches are,
+    weighted by the attention among patches alone. Entropy is of all tokens; both are means over
+    the queries.
+    """
+    attention = torch.stack(run.layers["attention"], dim=1)  # (B, L, heads, N, N)
+    distance = patch_distances(attention.shape[-1] - 1, run.images.shape[-1]).to(attention.device)
+    patches = attention[..., 1:, 1:]
+    patches = patches / patches.sum(-1, keepdim=True)
+    entropy = -(attention * attention.clamp(min=1e-30).log()).sum(-1)
+    return (patches * distance).sum(-1).mean(-1), entropy.mean(-1)
+
+
+def patch_distances(patches: int, image_size: int) -> torch.Tensor:
+    """Distances (P, P) between the centres of square patches, in pixels."""
+    side = round(patches**0.5)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)) * image_size / side
+    return torch.cdist(places, places)
+
+
+def position_similarity(positions: torch.Tensor) -> torch.Tensor:
+    """Cosine similarities (h, w, h, w) of position embeddings (1, N, D), the class token's out."""
+    unit = F.normalize(positions[0, 1:], dim=1)
+    return (unit @ unit.T).reshape([round(len(unit) ** 0.5)] * 4)
+
+
+def on_grid(maps: torch.Tensor, side: int = 8) -> torch.Tensor:
+    """Maps (B, h, w) on a common grid (B, side, side): means, or copies of larger cells."""
+    return F.adaptive_avg_pool2d(maps[:, None], side)[:, 0]
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    """Spearman's rank correlation of the maps of each image, (B,); nan for a constant map."""
+    ranks = (rankdata(maps.flatten(1).numpy(), axis=1) for maps in (a, b))
+    a, b = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+# ---------------------------------------------------------------- the table
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """An attribution method, as `explain.py` uses it."""
+    """An attribution method, as `explain.py` and `faithfulness.py` use it."""
 
-    compute: Callable  # (model, images, targets) -> maps (B, h, w)
+    compute: Callable  # (run, weights, layer) -> maps (B, h, w)
     title: str
     needs: frozenset[str]  # any one of these intermediates suffices; empty: needs `forward` only
-    takes_target: bool = False  # whether the map is of one class
-    signed: bool = False  # whether values below 0 speak against the class
+    scale: str  # a key of `figures.SCALES`
+    unit: str  # as it is written above maps
+    default: bool = False  # used unless --method says otherwise
+    takes_target: bool = True  # whether the map is of one class
+    takes_layer: bool = False
+    gradients: bool = True
 
 
+FEATURES, ATTENTION = frozenset({"map", "tokens"}), frozenset({"attention"})
 METHODS = {
-    "grad-cam": Method(grad_cam, "Grad-CAM", frozenset({"map", "tokens"}), takes_target=True),
-    "attention": Method(last_attention, "attention, last layer", frozenset({"attention"})),
-    "rollout": Method(attention_rollout, "rollout", frozenset({"attention"})),
-    "input-x-gradient": Method(
-        input_x_gradient, "input × gradient", frozenset(), takes_target=True, signed=True
+    "grad-cam": Method(
+        grad_cam, "Grad-CAM", FEATURES, "signed", "in logits", default=True, takes_layer=True
     ),
-}
+    "layer-cam": Method(layer_cam, "LayerCAM", FEATURES, "signed", "in logits", takes_layer=True),
+    "attention": Method(
+        last_attention, "attention", ATTENTION, "uniform", "1 is uniform", default=True,
+        takes_target=False, takes_layer=True, gradients=False,
+    ),
+    "rollout": Method(
+        attention_rollout, "rollout", ATTENTION, "uniform", "1 is uniform",
+        takes_target=False, gradients=False,
+    ),
+    "relevance": Method(relevance, "relevance", ATTENTION, "positive", "", default=True),
+    "occlusion": Method(occlusion, "occlusion", frozenset(), "signed", "in logits", gradients=False),
+    "input-x-gradient": Method(
+        input_x_gradient, "input × gradient", frozenset(), "signed", "in logits"
+    ),
+}  # fmt: skip
 
 
-@torch.no_grad()
-def methods_for(model, image_size: int, wanted: list[str] | None = None) -> list[str]:
-    """The methods that a network can be explained by, in the order of the table.
-
-    One blank image tells which intermediates it offers. Without `wanted`:
-    input × gradient only where nothing else is possible.
-    """
-    offered = set()
-    if hasattr(model, "forward_features"):
-        blank = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
-        offered = set(intermediates_of(model, blank))
-    possible = [name for name, m in METHODS.items() if not m.needs or m.needs & offered]
-    if wanted:
-        return [name for name in possible if name in wanted]
-    return [name for name in possible if METHODS[name].needs] or possible
+def unusable_methods(model, image_size: int, layer: int = -1) -> dict[str, str]:
+    """Which methods cannot explain a network, and why not; found out with one blank image."""
+    blank = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
+    run, reasons = forward_pass(model, blank), {}
+    for name, method in METHODS.items():
+        if not method.needs:
+            continue
+        found = [run.layers[key] for key in ("map", "tokens", "attention")
+                 if key in method.needs & set(run.layers)]  # fmt: skip
+        if not found:
+            reasons[name] = f"has no {' or '.join(sorted(method.needs))}"
+        elif method.takes_layer and layer >= len(found[0]):
+            reasons[name] = f"has {len(found[0])} layers"
+        elif method.compute(run, torch.ones_like(run.logits), layer).shape[1:] == (1, 1):
+            reasons[name] = "has a map of one cell there"
+    return reasons

@@ -134,10 +134,11 @@ def batch_size_without_training(image_size: int, *, explain: bool = False) -> in
     """How many images go through a network at once when nothing is trained.
 
     500 images of 32×32, or as many pixels of other sizes. `explain` keeps attention and graph,
-    whose memory grows with the square of the number of patches: 250 images, or fewer.
+    whose memory grows with the square of the number of patches: 32 images, or fewer. (On a CPU,
+    relevance takes a fifth less time in batches of 32 than of 64.)
     """
     ratio = (32 / image_size) ** 2
-    return max(1, int(250 * ratio**2 if explain else 500 * ratio))
+    return max(1, int(32 * ratio**2 if explain else 500 * ratio))
 
 
 @torch.inference_mode()

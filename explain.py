@@ -2,28 +2,34 @@
 
     python explain.py runs/cifar10-cnn/best.pt                        test images, by Grad-CAM
     python explain.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt --show wrong
-    python explain.py runs/cifar10-vit/best.pt --images cat.jpg dog.jpg --target predicted cat
+    python explain.py runs/cifar10-vit/best.pt --images cat.jpg --versus dog   why cat and not dog
 
-Prints each prediction and writes figures into --out-dir:
+Prints each prediction and, of two networks, how similar their maps are. Writes into --out-dir:
 
     <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay
     <vit>_attention-layers-<...>.png    the class token's attention in each layer, mean of heads
     <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
+    <vit>_attention-statistics-<...>.png   how far each head looks, and at how many tokens
+    <vit>_positions.png             how similar the position embeddings are
     <file>_<checkpoint>_<method>[_<target>].png   with --images: the overlay on the photograph,
                                     of which the networks see the middle square
 """
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from attribution import METHODS, attention_maps, methods_for
+import attribution
+import figures
+from attribution import METHODS, Method
 from cli import (
     Parser,
     UserError,
@@ -40,29 +46,17 @@ from cli import (
     quoted,
     run,
     use_device,
-    warn,
     writing,
 )
-from data import Data, Split
-from figures import (
-    overlay,
-    plot_attention_heads,
-    plot_attention_layers,
-    plot_explanations,
-    shorten,
-    with_plain_text,
-)
-from folders import DARK, dark_remark, read_image
-from prepare import (
-    TrainedModel,
-    expand_patterns,
-    load_data_for,
-    load_models,
-    refuse_different,
-)
+from data import Split
+from examples import MOST_PICTURES, Examples, choose_test_images, middle_square, read_photographs
+from figures import SCALES, shorten
+from folders import read_image
+from prepare import TrainedModel, load_data_for, load_models
 
 LARGEST_SIDE = 2048  # pixels of an overlay on a photograph
-LARGEST_FIGURE = 32, 12  # images and maps of each: a larger figure could not be read
+MOST_MAPS = 12  # of an image in a figure
+DEFAULT = [name for name, method in METHODS.items() if method.default]
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -78,11 +72,29 @@ def parse_arguments(argv) -> argparse.Namespace:
         help="wrong: at least one checkpoint is wrong (default: any)")  # fmt: skip
     add("--count", type=integer(1), metavar="N", help="how many test images (default: 8)")
     add = parser.add_argument_group("explanations").add_argument
-    add("--target", nargs="+", metavar="CLASS",
-        help="predicted, true, or a class's name (default: predicted)")  # fmt: skip
-    add("--method", nargs="+", choices=METHODS,
-        help="(default: what the network offers, else input-x-gradient)")  # fmt: skip
+    add(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        metavar="NAME",
+        help=f"{', '.join(METHODS)} (default: {', '.join(DEFAULT)}, as the network allows)",
+    )
+    add(
+        "--target",
+        nargs="+",
+        metavar="CLASS",
+        help="the class to explain: predicted, true, a name, or all (default: predicted; with "
+        "--show wrong: predicted, true, and the difference of the two)",
+    )
+    add(
+        "--versus",
+        metavar="CLASS",
+        help="explain the difference from this class's logit: a name, predicted, or true",
+    )
+    add("--layer", type=integer(1), metavar="N",
+        help="a CNN's stage or a ViT's block (default: the last)")  # fmt: skip
     add("--save-maps", action="store_true", help="also write the maps as .npz")
+    add("--no-figures", action="store_true", help="draw nothing")
     parser.add_argument("--out-dir", default=Path("runs/explanations"),
                         type=path_type, metavar="DIR", help="for the figures")  # fmt: skip
     add_device_flags(parser)
@@ -93,12 +105,19 @@ def parse_arguments(argv) -> argparse.Namespace:
     for flag in ("show", "count", "dataset", "data_dir") if args.images else ():
         if getattr(args, flag) is not None:
             parser.error(f"--{flag.replace('_', '-')} is for test images: omit it with --images")
-    with_target = [name for name, method in METHODS.items() if method.takes_target]
-    if args.target and args.method and not set(args.method) & set(with_target):
-        parser.error(f"--target is for {' and '.join(with_target)}: add one, or omit --target")
-    args.target = list(dict.fromkeys(map(composed, args.target or ["predicted"])))
-    if args.images and "true" in args.target:
-        parser.error("--target true: --images have no labels; use predicted or a class's name")
+    for flag, accept in (("target", "takes_target"), ("layer", "takes_layer")):
+        able = [name for name, method in METHODS.items() if getattr(method, accept)]
+        if getattr(args, flag) and args.method and not set(args.method) & set(able):
+            parser.error(f"--{flag} is for {', '.join(able)}: add one, or omit --{flag}")
+    args.contrast_wrong = args.show == "wrong" and not (args.target or args.versus)
+    default = ["predicted", "true"] if args.contrast_wrong else ["predicted"]
+    args.target = list(dict.fromkeys(map(composed, args.target or default)))
+    args.versus = args.versus and composed(args.versus)
+    if args.versus in args.target:
+        parser.error(f"--versus {args.versus}: that is the --target; choose two classes")
+    if args.images and "true" in (*args.target, args.versus):
+        flag = "--target" if "true" in args.target else "--versus"
+        parser.error(f"{flag} true: --images have no labels; use predicted or a class's name")
     return args
 
 
@@ -106,213 +125,261 @@ def choose_methods(models: list[TrainedModel], args) -> dict[str, list[str]]:
     """The methods to use for each model, by its name.
 
     Raises:
-        UserError: none of --method is possible, or --target is not a class.
+        UserError: none of --method is possible, --layer is not there, or a class is unknown.
     """
-    methods = {}
+    methods, problems = {}, {}
     for model in models:
-        size = model.checkpoint["dataset"]["image_size"]
-        methods[model.name] = methods_for(model.network, size, args.method)
+        size, layer = model.checkpoint["dataset"]["image_size"], (args.layer or 0) - 1
+        reasons = attribution.unusable_methods(model.network, size, layer)
+        possible = [name for name in METHODS if name not in reasons]
+        chosen = [name for name in possible if name in (args.method or DEFAULT)]
+        methods[model.name] = chosen if args.method or chosen else possible[:1]
+        for name in args.method or DEFAULT:
+            if "layer" in reasons.get(name, ""):
+                raise UserError(f"--layer {args.layer}: {model.name} {reasons[name]}")
+            if name in reasons:
+                problems[name] = (f"{model.name} {reasons[name]}", possible)
     if not any(methods.values()):
-        possible = methods_for(models[0].network, models[0].checkpoint["dataset"]["image_size"])
-        raise UserError(
-            f"--method {' '.join(args.method)}: {models[0].name} does not offer what it needs; use "
-            f"{', '.join(possible)}"
-        )
+        name, (problem, possible) = next(iter(problems.items()))
+        raise UserError(f"--method {name}: {problem}; use {', '.join(possible)}")
     classes = models[0].checkpoint["classes"]
-    for target in args.target:
-        if target not in ("predicted", "true", *classes):
-            raise UserError(f"--target {target}: the {len(classes)} classes are {quoted(classes)}")
+    for flag, target in (*(("target", t) for t in args.target), ("versus", args.versus)):
+        if target not in (None, "predicted", "true", *classes, *["all"] * (flag == "target")):
+            raise UserError(f"--{flag} {target}: the {len(classes)} classes are {quoted(classes)}")
+    if "all" in args.target and "all" not in classes:
+        args.target = classes
     return methods
-
-
-# ---------------------------------------------------------------- images
-
-
-@dataclasses.dataclass
-class Examples:
-    """B images to explain."""
-
-    split: Split  # what the networks see: uint8 (B, 3, H, W), label -1 if unknown
-    test_rows: torch.Tensor  # (B,) positions in the test split, or -1
-    classes: list[str]  # of the labels
-    pictures: list[np.ndarray]  # to draw, uint8; fewer than B where there are very many
-    names: list[str]  # above a picture
-    descriptions: list[str]  # in the terminal
-    files: list[Path] = dataclasses.field(default_factory=list)  # of photographs
-    unreadable: int = 0  # how many files could not be read
-
-
-def choose_test_images(models: list[TrainedModel], data: Data, show: str, count: int) -> Examples:
-    """Up to `count` test images, in a fixed random order, of the kind `show`.
-
-    "any"; "correct": all the models are right; "wrong": at least one of them is wrong.
-
-    Raises:
-        UserError: there is no such image.
-    """
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-    chosen = order if show == "any" else order[:0]  # "any" needs no search
-    parts = order.split(256) if show != "any" else ()
-    for part in tqdm(parts, f"finding {show} images", leave=False, disable=None):
-        if len(chosen) >= count:
-            break
-        split = data.test.subset(part)
-        right = torch.ones(len(part), dtype=torch.bool)
-        for model in models:
-            right &= model.logits(split, data.classes).argmax(1) == split.labels[split.indices]
-        chosen = torch.cat([chosen, part[right if show == "correct" else ~right]])
-    chosen = chosen[:count]
-    if not len(chosen):
-        raise UserError(f"--show {show}: there is no such image in the test split")
-    images, labels = data.test.rows(chosen)
-    names = [data.classes[label] for label in labels]
-    if data.test.files:
-        descriptions = [printable(data.test.files[row]) for row in data.test.indices[chosen]]
-    else:
-        descriptions = [f"test image {i} ({n})" for i, n in zip(chosen, names, strict=True)]
-    return Examples(
-        split=Split.of(images, labels),
-        test_rows=chosen,
-        classes=data.classes,
-        pictures=list(images.permute(0, 2, 3, 1).numpy()),
-        names=[f"true: {name}" for name in names],
-        descriptions=descriptions,
-    )
-
-
-def read_photographs(paths: list[str], models: list[TrainedModel]) -> Examples:
-    """The files that can be read; the others are reported on stderr.
-
-    Raises:
-        UserError: the models differ in classes or image size.
-        SystemExit: no file can be read.
-    """
-    first = models[0].checkpoint
-    for other in models[1:]:
-        if set(other.checkpoint["classes"]) != set(first["classes"]):
-            raise UserError("the checkpoints have different classes: explain them one at a time")
-    refuse_different(models, ["image_size"], [])
-    size, files, pictures, small, remarks = first["dataset"]["image_size"], [], [], [], []
-    paths = list(map(Path, dict.fromkeys(expand_patterns(paths))))
-    for path in paths:
-        try:
-            photo = read_image(path, remarks=remarks)
-        except UserError as error:
-            print(f"error: {printable(error)}", file=sys.stderr)
-            continue
-        if photo.info.get("largest", DARK) < DARK:
-            remarks.append(dark_remark(path, photo.info["largest"]))
-        if len(pictures) < LARGEST_FIGURE[0]:
-            pictures.append(middle_square(photo, 512))
-        small.append(np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC)))
-        files.append(path)
-    for remark in remarks:
-        warn(remark)
-    if not files:
-        sys.exit(2)
-    images, unknown = torch.from_numpy(np.stack(small)), torch.full((len(files),), -1)
-    names = [printable(file.name) for file in files]
-    split = Split.of(images.permute(0, 3, 1, 2), unknown)
-    bad = len(paths) - len(files)
-    return Examples(split, unknown, first["classes"], pictures, names, names, files, bad)
-
-
-def middle_square(photo: Image.Image, side: int) -> np.ndarray:
-    """The middle of a photograph, scaled down to uint8 (side, side, 3), never up."""
-    side = min(*photo.size, side)
-    return np.asarray(ImageOps.fit(photo, (side, side), Image.Resampling.BICUBIC))
 
 
 # ---------------------------------------------------------------- maps
 
 
-def make_columns(model: TrainedModel, methods, targets, examples: Examples, p) -> list[dict]:
-    """The maps of one model, a column of the figure for each method and target.
+@dataclasses.dataclass
+class Column:
+    """The maps of B images by one model and method for one target, and what is written on them."""
 
-    p (B, C): the model's probabilities, in the order of `examples.classes`.
+    model: str
+    name: str  # of the method
+    target: str | None  # predicted, true, a class; None: the method is of no class
+    versus: str | None = None
+    maps: torch.Tensor | None = None  # (B, h, w)
+    titles: list[str] = dataclasses.field(default_factory=list)
+    colors: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def method(self) -> Method:
+        """The row of the table."""
+        return METHODS[self.name]
+
+    @property
+    def norm(self):
+        """The scale that all the maps have."""
+        return SCALES[self.method.scale].norm(self.maps)
+
+    @property
+    def key(self) -> str:
+        """For names of files and arrays."""
+        versus = f"-versus-{self.versus}" if self.versus else ""
+        return f"{self.model}_{self.name}" + (f"_{self.target}{versus}" if self.target else "")
+
+    @property
+    def header(self) -> str:
+        """Two lines above the maps."""
+        what = {None: "any class", "predicted": "predicted class", "true": "true class"}
+        versus = f", not {what.get(self.versus, self.versus)}" if self.versus else ""
+        of = shorten([what.get(self.target, self.target) + versus], 34)[0]
+        unit = f", {self.method.unit}" if self.method.unit else ""
+        return f"{shorten([self.model], 24)[0]}: {self.method.title}\n{of}{unit}"
+
+    def choose(self, p: torch.Tensor, labels: torch.Tensor, classes: list[str]):
+        """The classes (B,) to explain and, if `versus`, to compare with, else None. p (B, C).
+
+        Where the two are one class, the most probable other class is compared with.
+        """
+        meaning = {name: torch.full_like(labels, i) for i, name in enumerate(classes)}
+        meaning |= {None: p.argmax(1), "predicted": p.argmax(1), "true": labels}
+        goal = meaning[self.target]
+        if not self.versus:
+            return goal, None
+        next_best = p.scatter(1, goal[:, None], -1).argmax(1)
+        return goal, torch.where(meaning[self.versus] == goal, next_best, meaning[self.versus])
+
+    def write(self, p: torch.Tensor, labels, goal, rival, classes: list[str]) -> None:
+        """Write the class of each image and its probability, green if a prediction is right."""
+        says = "says " if self.target in (None, "predicted") else ""
+        for i, label in enumerate(labels):
+            title = f"{says}{classes[goal[i]]} ({p[i, goal[i]]:.0%})"
+            if rival is not None:
+                title = f"{title}, not {classes[rival[i]]} ({p[i, rival[i]]:.0%})"
+            color = "green" if goal[i] == label else "firebrick"
+            self.colors.append(color if says and label >= 0 else "black")
+            self.titles.append(title)
+
+
+def plan_columns(model: TrainedModel, methods: list[str], args) -> list[Column]:
+    """The columns of a model: one for each method and, if it is of a class, each target."""
+    targets = [(target, args.versus) for target in args.target]
+    if args.contrast_wrong:
+        targets.append(("predicted", "true"))
+    return [
+        Column(model.name, name, *target)
+        for name in methods
+        for target in (targets if METHODS[name].takes_target else [(None, None)])
+    ]
+
+
+def compute_columns(model: TrainedModel, columns: list[Column], examples: Examples, layer: int):
+    """Fill in the columns; return probabilities (B, C) in the order of `examples.classes`.
+
+    All the methods share one forward pass of each batch.
     """
-    labels = examples.split.labels
-    chosen = {name: torch.full_like(labels, i) for i, name in enumerate(examples.classes)}
-    chosen |= {"predicted": p.argmax(1), "true": labels}  # even where a class has such a name
-    columns, short = [], shorten(examples.classes)
-    for name in methods:
-        method = METHODS[name]
-        for target in targets if method.takes_target else (None,):
-            goal = chosen[target or "predicted"]  # (B,)
-            outputs = model.output_indices(examples.classes)[goal]
-            maps = compute_maps(model, method.compute, examples.split, outputs)
-            empty = ["" if heat.max() > heat.min() else " (empty map)" for heat in maps]
-            columns.append({
-                "key": f"{model.name}_{name}" + (f"_{target}" if target else ""),
-                "header": (model.name, f"{method.title} ({target or 'any class'})"),
-                "maps": maps,
-                "signed": method.signed,
-                "titles": [f"{short[c]} {row[c]:.0%}{note}"
-                           for row, c, note in zip(p, goal, empty, strict=True)],
-                "colors": ["black" if true < 0 else "green" if c == true else "firebrick"
-                           for c, true in zip(goal, labels, strict=True)],
-            })  # fmt: skip
-    return columns
+    outputs = model.output_indices(examples.classes)  # of the network, for each class
+    batches = model.batches(examples.split, explain=True)
+    short, graph = shorten(examples.classes), any(column.method.gradients for column in columns)
+    probabilities, maps = [], [[] for _ in columns]
+    for (images, _), labels in zip(
+        tqdm(batches, model.name, leave=False, disable=None),
+        examples.split.labels.split(batches.batch_size),
+        strict=True,
+    ):
+        this = attribution.forward_pass(model.network, images, graph=graph)
+        p = this.logits.detach().float().cpu()[:, outputs].softmax(1)
+        every = None
+        if len(columns) > len(short) and "map" in this.layers and layer == -1:
+            every = attribution.class_maps(this)
+        for column, parts in zip(columns, maps, strict=True):
+            goal, rival = column.choose(p, labels, examples.classes)
+            weights = F.one_hot(outputs[goal], len(short)).float()
+            if rival is not None:
+                weights = weights - F.one_hot(outputs[rival], len(short))
+            weights = weights.to(images.device)
+            if every is not None and column.name == "grad-cam":
+                heat = torch.einsum("bc,bchw->bhw", weights, every)
+            else:
+                heat = column.method.compute(this, weights, layer).detach()
+            parts.append(heat.cpu())
+            column.write(p, labels, goal, rival, short)
+        probabilities.append(p)
+    for column, parts in zip(columns, maps, strict=True):
+        column.maps = torch.cat(parts)
+    return torch.cat(probabilities)
 
 
-def compute_maps(model: TrainedModel, compute, split: Split, *per_image) -> torch.Tensor:
-    """`compute(network, images, ...)` for a split's images, in batches; on the CPU."""
-    batches = model.batches(split, explain=True)
-    parts = zip(batches, *(values.split(batches.batch_size) for values in per_image), strict=True)
-    return torch.cat([
-        compute(model.network, images, *(values.to(images.device) for values in rest)).cpu()
-        for (images, _), *rest in parts
-    ])  # fmt: skip
+def without_repeats(columns: list[Column]) -> list[Column]:
+    """Columns whose maps differ: if every prediction is right, predicted and true are one."""
+    kept = []
+    for column in columns:
+        same = [k for k in kept if k.name == column.name and torch.equal(k.maps, column.maps)]
+        if same:
+            print(f"{column.key}: the same maps as {same[0].key}")
+        else:
+            kept.append(column)
+    return kept
+
+
+# ---------------------------------------------------------------- words and figures
 
 
 def print_predictions(model: TrainedModel, examples: Examples, p: torch.Tensor) -> None:
-    """The three most probable classes of each image."""
-    for description, row in zip(examples.descriptions, p, strict=True):
+    """The three most probable classes of each image; of very many test images, of the first."""
+    shown = len(p) if examples.files else MOST_PICTURES
+    for description, row in zip(examples.descriptions[:shown], p, strict=False):
         best = row.topk(min(3, len(row))).indices
         classes = "  ".join(f"{examples.classes[c]} {row[c]:.1%}" for c in best)
         print(f"{description}  {model.name}: {classes}")
+    if len(p) > shown:
+        print(f"... and {len(p) - shown:,} more images")
 
 
-def draw(models: list[TrainedModel], methods, examples: Examples, columns, kind: str) -> dict:
+def print_agreement(columns: list[Column], predictions: dict[str, torch.Tensor], labels) -> None:
+    """For each two models, the rank correlation of their first maps, by how many are right."""
+    first = {column.model: column for column in reversed(columns)}
+    for a, b in itertools.combinations(predictions, 2):
+        grids = [attribution.on_grid(first[name].maps) for name in (a, b)]
+        rho = attribution.rank_correlation(*grids)
+        right = sum((predictions[name] == labels).int() for name in (a, b))
+        groups = {"": right >= 0}
+        if (labels >= 0).all():
+            names = (" where none is right", " where one is right", " where both are right")
+            groups = {name: right == count for count, name in enumerate(names)}
+        parts = [f"{np.nanmean(rho[group]):+.2f}{name} ({group.sum()})"
+                 for name, group in groups.items() if np.isfinite(rho[group]).any()]  # fmt: skip
+        both = f"{first[a].key} and {first[b].key}"
+        print(f"rank correlation of {both}, mean (images): {', '.join(parts)}")
+
+
+def draw(models: list[TrainedModel], examples: Examples, columns: list[Column], kind: str) -> dict:
     """The figures, by the name of their file."""
-    rows, most = LARGEST_FIGURE
-    pictures = examples.pictures[:rows]
-    for what, existing, limit in (("images", examples.names, rows), ("maps", columns, most)):
+    most = MOST_PICTURES, MOST_MAPS
+    pictures = examples.pictures[: most[0]]
+    for what, existing, limit in zip(
+        ("images", "maps"), (examples.names, columns), most, strict=True
+    ):
         if len(existing) > limit:
             print(f"the figures show the first {limit} of {len(existing)} {what}")
     names = shorten(examples.names[: len(pictures)])
-    together = "+".join(model.name for model in models)
-    title = file_name(f"{together}_explanations-{kind}", ".png")
-    figures = {title: plot_explanations(pictures, names, columns[:most])}
     drawn = examples.split.subset(torch.arange(len(pictures)))
+    inputs = list(drawn.images.permute(0, 2, 3, 1).numpy()) if examples.files else None
+    stem = "+".join(model.name for model in models) + f"_explanations-{kind}"
+    pages = figures.plot_explanations(pictures, inputs, names, columns[: most[1]])
+    numbers = [f"-{page}" for page in range(1, 1 + len(pages))] if len(pages) > 1 else [""]
+    found = {file_name(stem + n, ".png"): page for n, page in zip(numbers, pages, strict=True)}
     for model in models:
-        if "attention" in methods[model.name]:
-            maps = compute_maps(model, attention_maps, drawn)
-            title = f"{shorten([model.name], 40)[0]}: the class token's attention"
-            layers = file_name(f"{model.name}_attention-layers-{kind}", ".png")
-            figures[layers] = plot_attention_layers(
-                pictures, names, maps, f"{title}, mean of the heads"
-            )
-            heads = file_name(f"{model.name}_attention-heads-{kind}", ".png")
-            figures[heads] = plot_attention_heads(pictures[0], names[0], maps[0], title)
-    return figures
+        if any((column.model, column.name) == (model.name, "attention") for column in columns):
+            found |= draw_attention(model, pictures, names, drawn, kind)
+    return found
 
 
-def overlays(examples: Examples, columns: list[dict]):
+def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str) -> dict:
+    """What only attention has: layers, heads, their statistics, and positions."""
+    maps, statistics = [], []
+    for images, _ in model.batches(drawn, explain=True):
+        this = attribution.forward_pass(model.network, images, graph=False)
+        attention = torch.stack(this.layers["attention"], dim=1)
+        maps.append(attribution.class_token_maps(attention).cpu())
+        statistics.append(torch.stack(attribution.attention_statistics(this), dim=1).cpu())
+    maps, (distance, entropy) = torch.cat(maps), torch.cat(statistics).mean(0)
+    tokens, model_name = attention.shape[-1], shorten([model.name], 40)[0]
+    distances = attribution.patch_distances(tokens - 1, images.shape[-1])
+    title = f"{model_name}: the class token's attention"
+    count = f"{len(maps)} image{'s' * (len(maps) > 1)}"
+    found = {
+        f"attention-layers-{kind}": figures.plot_layers(
+            pictures, names, maps.mean(2), f"{title}, mean of the heads"
+        ),
+        f"attention-heads-{kind}": figures.plot_layers_and_heads(
+            pictures[0], names[0], maps[0], f"{title}"
+        ),
+        f"attention-statistics-{kind}": figures.plot_head_statistics(
+            distance, entropy, (distances.mean().item(), np.log(tokens)),
+            f"{model_name}: attention of all tokens, mean of {count}",
+        ),
+    }  # fmt: skip
+    positions = getattr(model.network, "positions", None)
+    if torch.is_tensor(positions) and positions.ndim == 3 and positions.shape[1] == tokens:
+        similarity = attribution.position_similarity(positions.detach().cpu())
+        title = f"{model_name}: position embeddings, each against all"
+        found["positions"] = figures.plot_positions(similarity, title)
+    return {file_name(f"{model.name}_{what}", ".png"): figure for what, figure in found.items()}
+
+
+def overlays(examples: Examples, columns: list[Column]):
     """Each map laid over each photograph, as (file name, picture)."""
     stems = [printable(file.stem) for file in examples.files]
-    names = {f"{stem}_{column['key']}" for stem in stems for column in columns}
+    names = {f"{stem}_{column.key}" for stem in stems for column in columns}
     repeated = len(names) < len(stems) * len(columns)  # such as a/cat.jpg b/cat.jpg
     for i, file in enumerate(examples.files):  # read again: so many might not fit into memory
         photo = middle_square(read_image(file), LARGEST_SIDE)
         name = f"{i + 1}-{stems[i]}" if repeated else stems[i]
         for column in columns:
-            picture = Image.fromarray(overlay(photo, column["maps"][i], column["signed"]))
-            yield file_name(f"{name}_{column['key']}", ".png"), picture
+            picture = figures.overlay(
+                photo, column.maps[i], SCALES[column.method.scale], column.norm
+            )
+            yield file_name(f"{name}_{column.key}", ".png"), Image.fromarray(picture)
 
 
 @command
-@with_plain_text
+@figures.with_plain_text
 def main(argv=None):
     # 1. Check.
     args = parse_arguments(argv)
@@ -331,35 +398,38 @@ def main(argv=None):
         examples = choose_test_images(models, data, kind, args.count or 8)
 
     # 3. Compute the maps: a column for each model, method and target.
-    columns, predictions = [], []
+    columns, predictions = [], {}
     for model in models:
-        p = model.logits(examples.split, examples.classes).softmax(1)  # (B, C)
+        own = plan_columns(model, methods[model.name], args)
+        p = compute_columns(model, own, examples, (args.layer or 0) - 1)
         print_predictions(model, examples, p)
-        predictions.append(p.argmax(1))
-        columns += make_columns(model, methods[model.name], args.target, examples, p)
+        predictions[model.name] = p.argmax(1)
+        columns += without_repeats(own)
+    print_agreement(columns, predictions, examples.split.labels)
 
     # 4. Draw.
-    figures = draw(models, methods, examples, columns, kind)
+    drawn = {} if args.no_figures else draw(models, examples, columns, kind)
 
     # 5. Write.
     written = []
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         written.append(name)
         with writing(args.out_dir / name):
             figure.savefig(args.out_dir / name, dpi=110)
-    for name, picture in overlays(examples, columns):
+    for name, picture in () if args.no_figures else overlays(examples, columns):
         written.append(name)
         with writing(args.out_dir / name):
             picture.save(args.out_dir / name)
     if args.save_maps:
         written.append(file_name("+".join(m.name for m in models) + f"_maps-{kind}", ".npz"))
-        maps = {column["key"]: column["maps"].numpy() for column in columns}
+        maps = {column.key: column.maps.numpy() for column in columns}
         known = {"labels": examples.split.labels, "indices": examples.test_rows}
-        known["predictions"] = np.stack(predictions)
+        known["predictions"] = np.stack(list(predictions.values()))
         with writing(args.out_dir / written[-1]):
             np.savez(args.out_dir / written[-1], **maps, **known)
     more = f", ... ({len(written)} files)" if len(written) > 10 else ""
-    print(f"written to {args.out_dir}: {', '.join(written[:10])}{more}")
+    if written:
+        print(f"written to {args.out_dir}: {', '.join(written[:10])}{more}")
     if examples.unreadable:
         sys.exit(2)
 

@@ -5,6 +5,7 @@ B images   L layers   h, w grid of a map   H, W image height and width   C class
 
 import collections
 import contextlib
+import dataclasses
 import itertools
 import os
 import sys
@@ -13,7 +14,6 @@ import textwrap
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from data import Data, Split
 
@@ -33,6 +33,7 @@ def without_backend():
 
 with without_backend():
     import matplotlib.font_manager
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -44,11 +45,6 @@ MOST_BARS, MOST_EXAMPLES, MOST_NAMES = (
 )  # classes with numbers, with an image, on an axis
 MOST_LAYERS, MOST_HEADS = 24, 16  # of attention
 MOST_MATRICES, MOST_CURVES = 6, 10  # checkpoints; matplotlib has ten colours
-COLORS = matplotlib.colormaps["turbo"]
-SIGNED_COLORS = matplotlib.colormaps["RdBu_r"]
-# These sentences name the colours above.
-SCALE = "Each map has its own scale, from its lowest value (dark blue) to its highest (dark red)."
-SIGNED_SCALE = "Maps in red and blue: red speaks for the class, blue against it, white is 0."
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Hiragino Sans")
 # A decorator for commands that draw: a $ in a name is a $, and names may be Chinese or Japanese.
 with_plain_text = matplotlib.rc_context({
@@ -92,121 +88,250 @@ def name_axis(axis, names: list[str], notes=None, *, tilt: bool = False) -> None
 # ---------------------------------------------------------------- explanations
 
 
-def scaled(heat) -> np.ndarray:
-    """A map (h, w) from 0 (its lowest value) to 1 (its highest); a constant map becomes 0."""
-    heat = np.asarray(heat, dtype=np.float32)
-    span = heat.max() - heat.min()
-    return (heat - heat.min()) / span if span > 0 else np.zeros_like(heat)
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How the values of maps become colours, which colour-blind people can tell apart."""
+
+    colors: matplotlib.colors.Colormap
+    says: str  # what the colours mean
+
+    def norm(self, maps: torch.Tensor):
+        """From values to 0 ... 1; maps that share it can be compared.
+
+        It ends at the largest value; of maps of pixels, whose largest ones are few, at the 99th
+        percentile.
+        """
+        top = float(maps.abs().max() if maps[0].numel() <= 256 else np.quantile(maps.abs(), 0.99))
+        if self is SCALES["uniform"]:
+            top = max(top, 2.0)  # so that nearly uniform attention is pale
+            return LogNorm(1 / top, top, clip=True)
+        return Normalize(-top if self is SCALES["signed"] else 0, top or 1e-30, clip=True)
+
+    def strength(self, shares: np.ndarray) -> np.ndarray:
+        """How much of an overlay is colour, for values normalised to 0 ... 1."""
+        if self is SCALES["positive"]:
+            return shares
+        return abs(2 * shares - 1) if self is SCALES["signed"] else (2 * shares - 1).clip(0)
 
 
-def colored(heat, signed: bool = False) -> np.ndarray:
-    """A map (h, w) as colours (h, w, 3) from 0 to 1; `signed`: 0 is white."""
-    if not signed:
-        return COLORS(scaled(heat))[:, :, :3]
-    heat = np.asarray(heat, dtype=np.float32)
-    return SIGNED_COLORS(0.5 + 0.5 * heat / max(abs(heat).max(), 1e-30))[:, :, :3]
+SCALES = {
+    "signed": Scale(
+        matplotlib.colormaps["RdBu_r"], "Red raises the score that is explained, blue lowers it."
+    ),
+    "uniform": Scale(
+        LinearSegmentedColormap.from_list(
+            "attention", [(0, "#bcbddc"), (0.5, "#f7f7f7"), (0.75, "#fdb863"), (1, "#7f3b08")]
+        ),
+        "Attention: orange is more than uniform (1), pale purple less, on a logarithmic scale. It "
+        "shows where information is mixed, not why a class was chosen.",
+    ),
+    "positive": Scale(matplotlib.colormaps["Oranges"], "Relevance: the darker, the more."),
+}
+CAVEAT = (
+    "A map shows what the network's score depends on. It does not show that the network is right, "
+    "or where a person would look."
+)
+TITLES = "Titles are green where the prediction is right, red where it is wrong."
+PANEL, BAR = 1.5, 0.7  # inches
+MAPS_PER_LINE, LINES_PER_FIGURE = 3, 10
 
 
-def overlay(image: np.ndarray, heat: torch.Tensor, signed: bool = False) -> np.ndarray:
-    """A map (h, w) smoothly enlarged and laid in colour over an image uint8 (H, W, 3)."""
+def overlay(image: np.ndarray, heat: torch.Tensor, scale: Scale, norm) -> np.ndarray:
+    """A map (h, w), smoothly enlarged, over a grey image uint8 (H, W, 3)."""
     smooth = F.interpolate(heat[None, None].float(), image.shape[:2], mode="bilinear")[0, 0]
-    grey = image.mean(2, keepdims=True)  # so that all colour is the map's
-    return (0.5 * grey + 0.5 * 255 * colored(smooth, signed)).round().astype(np.uint8)
+    shares = np.asarray(norm(smooth.numpy()))
+    weight = 0.8 * scale.strength(shares)[:, :, None] ** 0.7
+    grey, colors = image.mean(2, keepdims=True), 255 * scale.colors(shares)[:, :, :3]
+    return ((1 - weight) * grey + weight * colors).round().astype(np.uint8)
 
 
-def plot_explanations(pictures: list[np.ndarray], names: list[str], columns: list[dict]) -> Figure:
-    """A row per image: the image, then for each column of maps the raw grid and the overlay.
+def enlarged(picture: np.ndarray) -> np.ndarray:
+    """A small picture with larger pixels, so that a smooth map over it is smooth."""
+    factor = -(-256 // min(picture.shape[:2]))  # rounded up
+    return picture.repeat(factor, 0).repeat(factor, 1)
 
-    A column is a dict: `header` (model, method), `signed`, `maps` (B, h, w), `titles` and `colors`,
-    one per image.
+
+def plot_explanations(pictures, inputs, names: list[str], columns: list) -> list[Figure]:
+    """The picture, then every map as a raw grid and as an overlay, in figures of some images each.
+
+    Args:
+        pictures: uint8 (H, W, 3) each.
+        inputs: what the networks saw, if the pictures are larger photographs; else None.
+        names: above the pictures.
+        columns: of maps, as `explain.Column`. All the maps of a column have one scale.
     """
-    rows, cols = len(pictures), 1 + 2 * len(columns)
-    height = 2.05 * rows + 0.95  # inches
-    figure = Figure(figsize=(1.75 * cols, height))
-    note = SCALE if not all(column["signed"] for column in columns) else ""
-    if any(column["signed"] for column in columns):
-        note = f"{note} {SIGNED_SCALE}".strip()
-    note = textwrap.fill(note, 23 * cols)  # two lines below a narrow figure
-    figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=10)
-    models = list(dict.fromkeys(column["header"][0] for column in columns))
-    models = dict(zip(models, shorten(models, 32), strict=True))
-    texts = list(dict.fromkeys(column["header"][1] for column in columns))
-    texts = dict(zip(texts, shorten(texts, 34), strict=True))
-    grid = figure.subplots(rows, cols, squeeze=False)
-    figure.subplots_adjust(0.01, 0.5 / height, 0.99, 1 - 0.85 / height, wspace=0.06, hspace=0.2)
-    for axes in grid.ravel():
-        axes.set_axis_off()
-    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-        grid[i, 0].imshow(picture, interpolation="nearest")
-        grid[i, 0].set_title(name, fontsize=10)
-        big = Image.fromarray(picture)
-        if min(big.size) < 256:  # so that the smooth map is smooth and the pixels stay sharp
-            big = big.resize((256, 256), Image.Resampling.NEAREST)
-        for j, column in enumerate(columns):
-            raw, smooth = grid[i, 1 + 2 * j], grid[i, 2 + 2 * j]
-            raw.imshow(colored(column["maps"][i], column["signed"]), interpolation="nearest")
-            smooth.imshow(overlay(np.asarray(big), column["maps"][i], column["signed"]))
-            raw.set_title(column["titles"][i], fontsize=10, color=column["colors"][i], x=1.03)
-            if i == 0:
-                model, text = column["header"]
-                header = f"{models[model]}\n{texts[text]}"
-                raw.text(
-                    1.03, 1.22, header, transform=raw.transAxes, ha="center",
-                    va="bottom", fontsize=11, weight="bold",
-                )  # fmt: skip
+    count = -(-len(columns) // MAPS_PER_LINE)  # rounded up
+    lines = [[columns[j] for j in part] for part in np.array_split(range(len(columns)), count)]
+    pages = -(-len(pictures) * count // LINES_PER_FIGURE)
+    return [
+        _plot_page(rows, pictures, inputs, names, lines)
+        for rows in np.array_split(range(len(pictures)), min(pages, len(pictures)))
+    ]
+
+
+def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
+    """One figure of `plot_explanations`. Lengths are inches, from the upper left corner."""
+    repeated = len(lines) > 1  # headers are on every line, and inputs below pictures
+    beside = inputs is not None and not repeated
+    left, pair = 0.3 + PANEL + beside * (PANEL + 0.1), 2 * PANEL + 0.05 + BAR
+    width = left + pair * len(lines[0])
+    columns = list(itertools.chain(*lines))
+    says = list(dict.fromkeys(SCALES[column.method.scale].says for column in columns))
+    known = any(color != "black" for column in columns for color in column.colors)
+    note = textwrap.fill(" ".join([*says, CAVEAT, *[TITLES] * known]), int(14.5 * width))
+    header, title, foot = 0.5, 0.25, 0.16 * (note.count("\n") + 1) + 0.15
+    line_height = title + PANEL + 0.1 + header * repeated
+    height = header * (not repeated) + line_height * len(lines) * len(rows) + foot
+    figure = Figure(figsize=(width, height))
+    figure.text(0.1 / width, 0.08 / height, note, va="bottom", fontsize=9)
+
+    def panel(x, y, across=PANEL):
+        box = (x / width, 1 - (y + PANEL) / height, across / width, PANEL / height)
+        return figure.add_axes(box, xticks=[], yticks=[])
+
+    def draw_map(x, y, column, i):
+        scale, heat = SCALES[column.method.scale], column.maps[i]
+        raw, smooth = panel(x, y), panel(x + PANEL + 0.05, y)
+        drawn = raw.imshow(heat, cmap=scale.colors, norm=column.norm, interpolation="nearest")
+        smooth.imshow(overlay(enlarged(pictures[i]), heat, scale, column.norm))
+        raw.set_title(column.titles[i], fontsize=9, color=column.colors[i], x=1.03)
+        _color_bar(drawn, cax=panel(x + 2 * PANEL + 0.1, y, 0.07))
+        if repeated or i == rows[0]:
+            at = (x + PANEL) / width, 1 - (y - title) / height
+            figure.text(*at, column.header, ha="center", va="bottom", fontsize=9, weight="bold")
+
+    for number, (i, line) in enumerate(itertools.product(rows, lines)):
+        y = header + title + number * line_height
+        shown = [(pictures[i], names[i])] if line is lines[0] else []
+        if inputs is not None and line is lines[repeated]:
+            shown.append((inputs[i], "seen as {}×{}".format(*inputs[i].shape)))
+        for j, (picture, name) in enumerate(shown):
+            axes = panel(0.1 + j * (PANEL + 0.1), y)
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_title(name, fontsize=9)
+        for j, column in enumerate(line):
+            draw_map(left + j * pair, y, column, i)
     return figure
 
 
-def _attention_grid(rows: int, columns: int, inches: tuple[float, float], title: str):
-    """A titled figure of empty panels without axes: (figure, panels (rows, columns))."""
-    figure = Figure(figsize=inches, layout="constrained")
-    figure.suptitle(title, weight="bold", fontsize=11)
-    figure.supxlabel(textwrap.fill(SCALE, int(14 * inches[0])), fontsize=9)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.ravel():
-        axes.set_axis_off()
-    return figure, grid
+def _color_bar(drawn, label: str = "", **place) -> None:
+    """A bar with the two ends of a scale and, between them, its neutral value."""
+    low, high = drawn.norm.vmin, drawn.norm.vmax
+    middle = [0.0] if low < 0 else [1.0] if 0 < low < 1 < high else []
+    ticks = [low, *middle, high]
+    bar = drawn.figure.colorbar(drawn, **place)
+    bar.ax.minorticks_off()
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}".replace("-", "−") for tick in ticks], fontsize=8)
+    bar.set_label(label, fontsize=9)
 
 
-def plot_attention_layers(pictures, names, attention: torch.Tensor, title: str) -> Figure:
-    """A row per image, a column per layer: attention (B, L, heads, h, w) averaged over heads.
-
-    Of a very deep network the last layers are drawn.
-    """
-    skipped = max(0, attention.shape[1] - MOST_LAYERS)
-    attention = attention[:, skipped:]
-    B, L = attention.shape[:2]
-    figure, grid = _attention_grid(B, L + 1, (1.6 * (L + 1), 1.8 * B + 0.5), title)
-    for i in range(B):
-        grid[i, 0].imshow(pictures[i], interpolation="nearest")
-        grid[i, 0].set_title(names[i], fontsize=10)
-        for l in range(L):
-            grid[i, l + 1].imshow(scaled(attention[i, l].mean(0)), cmap=COLORS)
-            grid[i, l + 1].set_title(f"layer {skipped + l + 1}" if i == 0 else "", fontsize=10)
-    return figure
+def plot_layers(pictures, names: list[str], attention: torch.Tensor, title: str) -> Figure:
+    """A row per image, a column per layer: attention maps (B, L, h, w); of many, the last."""
+    layers = range(attention.shape[1])[-MOST_LAYERS:]
+    above = [f"layer {1 + l}" for l in layers]
+    maps = attention[:, layers.start :]
+    return _plot_attention(pictures, names, maps, [""] * len(maps), above, title)
 
 
-def plot_attention_heads(picture, name: str, attention: torch.Tensor, title: str) -> Figure:
-    """One image; a row per layer, a column per head: attention (L, heads, h, w).
+def plot_layers_and_heads(picture, name: str, attention: torch.Tensor, title: str) -> Figure:
+    """One image; a row per layer, a column per head: attention maps (L, heads, h, w).
 
     Of very many, the last layers and the first heads are drawn; the mean is of all heads.
     """
-    skipped = max(0, attention.shape[0] - MOST_LAYERS)
-    attention = attention[skipped:]
-    L, heads = len(attention), min(attention.shape[1], MOST_HEADS)
-    figure, grid = _attention_grid(L, heads + 2, (1.5 * (heads + 2), 1.6 * L + 0.7), title)
-    grid[0, 0].imshow(picture, interpolation="nearest")
-    grid[0, 0].set_title(name, fontsize=10)
-    for l in range(L):
-        left = grid[l, 1]
-        left.text(-0.06, 0.5, f"layer {skipped + l + 1}", transform=left.transAxes, rotation=90,
-                  ha="right", va="center", fontsize=10)  # fmt: skip
-        for head in range(heads):
-            grid[l, 1 + head].imshow(scaled(attention[l, head]), cmap=COLORS)
-        grid[l, 1 + heads].imshow(scaled(attention[l].mean(0)), cmap=COLORS)
-    for head in range(heads):
-        grid[0, 1 + head].set_title(f"head {head + 1}", fontsize=10)
-    grid[0, 1 + heads].set_title("mean", fontsize=10)
+    layers, heads = range(len(attention))[-MOST_LAYERS:], range(attention.shape[1])[:MOST_HEADS]
+    maps = torch.cat([attention[:, : len(heads)], attention.mean(1, keepdim=True)], dim=1)
+    above = [*(f"head {1 + head}" for head in heads), "mean"]
+    beside = [f"layer {1 + l}" for l in layers]
+    return _plot_attention([picture], [name], maps[layers.start :], beside, above, title)
+
+
+def _plot_attention(pictures, names, maps, beside, above, title: str) -> Figure:
+    """A grid of attention maps (R, M, h, w) with one scale; pictures left of the first rows."""
+    (R, M), scale = maps.shape[:2], SCALES["uniform"]
+    figure = Figure(figsize=(1.6 * (M + 1) + 0.8, 1.6 * R + 0.8), layout="compressed")
+    figure.suptitle(title, weight="bold", fontsize=11)
+    figure.supxlabel(textwrap.fill(scale.says, 21 * (M + 1)), fontsize=9)
+    grid, norm = figure.subplots(R, M + 1, squeeze=False), scale.norm(maps.flatten(0, 1))
+    for axes in grid.ravel():
+        axes.set(xticks=[], yticks=[])
+    for axes, picture, name in zip(grid[:, 0], pictures, names, strict=False):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(name, fontsize=10)
+    for axes in grid[len(pictures) :, 0]:
+        axes.set_axis_off()
+    for i, j in itertools.product(range(R), range(M)):
+        axes = grid[i, 1 + j]
+        drawn = axes.imshow(maps[i, j], cmap=scale.colors, norm=norm)
+        axes.set_title(above[j] if i == 0 else "", fontsize=10)
+        axes.set_ylabel(beside[i] if j == 0 else "", fontsize=10)
+    _color_bar(drawn, "times uniform", ax=grid, shrink=min(1, 3 / R))
+    return figure
+
+
+def plot_head_statistics(
+    distance: torch.Tensor, entropy: torch.Tensor, uniform, title: str
+) -> Figure:
+    """Attention distance and entropy, each (L, heads), as numbers.
+
+    uniform: distance and entropy of uniform attention, to compare with.
+    """
+    L, heads = distance.shape
+    figure = Figure(figsize=(max(6.5, 1.2 * heads + 1), 0.35 * L + 1.6), layout="constrained")
+    figure.suptitle(title, weight="bold", fontsize=11)
+    quantities = {"attention distance, pixels": distance, "entropy, nats": entropy}
+    panels = figure.subplots(1, 2)
+    for axes, (name, values), even in zip(panels, quantities.items(), uniform, strict=True):
+        most = max(even, values.max().item())
+        axes.imshow(values, cmap="Purples", vmin=0, vmax=most, aspect="auto")
+        axes.set(xlabel="head", ylabel="layer")
+        axes.set_title(f"{name} (uniform: {even:.1f})", fontsize=10)
+        name_axis(axes.xaxis, [str(1 + head) for head in range(heads)])
+        name_axis(axes.yaxis, [str(1 + l) for l in range(L)])
+        for l, head in itertools.product(range(L), range(heads)) if heads <= MOST_HEADS else ():
+            look = {"fontsize": 8, "color": "white" if values[l, head] > most / 2 else "black"}
+            axes.text(head, l, f"{values[l, head]:.1f}", ha="center", va="center", **look)
+    return figure
+
+
+def plot_positions(similarity: torch.Tensor, title: str) -> Figure:
+    """Cosine similarities (h, w, h, w): a small map for each position, against all positions."""
+    side = len(similarity)
+    figure = Figure(figsize=(6.8, 6.2), layout="compressed")
+    axes = figure.subplots()
+    gaps = F.pad(similarity, (0, 1, 0, 1), value=torch.nan)  # between the small maps
+    picture = gaps.permute(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
+    drawn = axes.imshow(picture, cmap="Purples", interpolation="nearest")
+    axes.set(xlabel="column of the patch", ylabel="row of the patch")
+    axes.set_title(title, weight="bold", fontsize=11)
+    for axis in (axes.xaxis, axes.yaxis):
+        middles = [number * (side + 1) + (side - 1) / 2 for number in range(side)]
+        axis.set_ticks(middles, [str(1 + number) for number in range(side)])
+    _color_bar(drawn, "cosine similarity", ax=axes, shrink=0.8)
+    return figure
+
+
+def plot_faithfulness(curves: dict, title: str) -> Figure:
+    """Deletion and insertion: {fill: {method: {"deletion": (n,), "insertion": (n,)}}}."""
+    figure = Figure(figsize=(10, 3.3 * len(curves) + 0.8), layout="constrained")
+    figure.suptitle(f"{title}: probability of the predicted class", weight="bold", fontsize=11)
+    grid = figure.subplots(len(curves), 2, sharex=True, sharey=True, squeeze=False)
+    for row, (fill, methods) in zip(grid, curves.items(), strict=True):
+        for axes, kind in zip(row, ("deletion", "insertion"), strict=True):
+            for number, (name, values) in enumerate(methods.items()):
+                x = np.linspace(0, 100, len(values[kind]))
+                look = {"color": f"C{number - 1}", "linewidth": 1.5}
+                if name == "chance":
+                    look = {"color": "0.8", "linewidth": 6}
+                elif name in ("random", "center", "edges"):
+                    look["linestyle"] = ":"
+                axes.plot(x, values[kind], label=name, **look)
+            axes.grid(alpha=0.3)
+            axes.set_title(f"{kind}, fill: {fill}", fontsize=10)
+    grid[0, 0].set_ylim(0, 1)
+    for axes, what in zip(grid[-1], ("hidden", "shown"), strict=True):
+        axes.set_xlabel(f"% of the image {what}, highest values first")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure
 
 

@@ -135,7 +135,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, hd)
         if return_attention:
-            scores = q @ k.transpose(-2, -1) / (D // self.heads) ** 0.5  # (B, heads, N, N)
+            scores = q / (D // self.heads) ** 0.5 @ k.transpose(-2, -1)  # (B, heads, N, N)
             attention = scores.softmax(dim=-1)
             out = attention @ v
         else:  # the same without keeping the (N, N) matrix: faster, less memory
@@ -244,8 +244,10 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 / 2)
                 nn.init.zeros_(module.bias)
 
-    def forward_features(self, x, return_intermediates: bool = False):
+    def forward_features(self, x, return_intermediates: bool = False, keep=None):
         """(B, 3, H, W) -> normalised tokens (B, N, D), the class token first.
+
+        `keep` (B, n): indices of the patches to use; the others are left out.
 
         The intermediates are each block's attention (B, heads, N, N), and the tokens (B, N, D) that
         enter it. After the last attention the patches no longer reach the class token, so their
@@ -254,6 +256,9 @@ class ViT(nn.Module):
         x = self.patchify(x).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, P, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = x + self.positions
+        if keep is not None:
+            tokens = F.pad(keep + 1, (1, 0))  # (B, 1 + n); the class token is token 0
+            x = x.gather(1, tokens[:, :, None].expand(-1, -1, x.shape[2]))
         intermediates = {"attention": [], "tokens": []}
         for block in self.blocks:
             if return_intermediates:

@@ -1,0 +1,409 @@
+"""How true explanations are: deletion, insertion, SaCo and sanity checks, compared with chance.
+
+    python faithfulness.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt
+
+The image is cut into 8×8 cells, and a map ranks them. If the ranks are right, the probability of
+the predicted class falls fast when the first cells are hidden (deletion), and rises fast when they
+are shown first (insertion). Hidden cells get the mean colour, or the blurred image; a ViT can also
+do without those patches. Random order, a centred Gaussian and an edge detector are measured too: a
+method that is not above them says nothing about the network.
+
+Prints tables and writes into --out-dir:
+
+    faithfulness.json                 all scores, with 95% intervals
+    <checkpoint>_faithfulness.png     curves of deletion and insertion
+"""
+
+import argparse
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import bootstrap
+from torchvision.transforms.v2.functional import gaussian_blur
+from tqdm import tqdm
+
+from attribution import (
+    METHODS,
+    forward_pass,
+    on_grid,
+    rank_correlation,
+    unusable_methods,
+)
+from cli import (
+    Parser,
+    UserError,
+    add_data_flags,
+    add_device_flags,
+    command,
+    file_name,
+    integer,
+    make_out_dir,
+    name_type,
+    path_type,
+    run,
+    use_device,
+    writing,
+)
+from evaluate import table
+from figures import plot_faithfulness, with_plain_text
+from models import build_model
+from prepare import TrainedModel, load_data_for, load_models
+
+SIDE, STEP = 8, 4  # cells along each side; cells that are hidden at a time
+CELLS = SIDE * SIDE
+CONTROLS = ("random", "center", "edges")
+REFERENCES = 3  # random orders whose mean is chance
+LARGEST_CORRELATION = 0.3  # with the maps of a random network
+
+# ---------------------------------------------------------------- maps and ranks
+
+
+def control_maps(images: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Maps (B, 8, 8) that know nothing of a network, for images (B, 3, H, W)."""
+    B = len(images)
+    away = torch.linspace(-1, 1, SIDE) ** 2
+    grey = F.pad(images.mean(1, keepdim=True).cpu(), (1, 1, 1, 1), mode="replicate")
+    sobel = torch.tensor([[1.0, 2, 1], [0, 0, 0], [-1, -2, -1]])
+    slopes = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None])  # (B, 2, H, W)
+    return {
+        "random": torch.rand(B, SIDE, SIDE, generator=generator),
+        "center": (-2 * (away[:, None] + away)).exp().expand(B, SIDE, SIDE),
+        "edges": on_grid(slopes.norm(dim=1), SIDE),
+    }
+
+
+def ranked(maps: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Cells (B, 64) from the highest value of maps (B, 8, 8) to the lowest; ties are random."""
+    shuffled = torch.rand(len(maps), CELLS, generator=generator).argsort(1)
+    values = maps.flatten(1).gather(1, shuffled)
+    return shuffled.gather(1, values.argsort(dim=1, descending=True, stable=True))
+
+
+# ---------------------------------------------------------------- hiding cells
+
+
+class Hiding:
+    """The probability of a class when cells of B images are hidden.
+
+    `with_all` and `with_none` (B,) are the probabilities with all and with no cells shown.
+
+    Args:
+        model: a network in eval mode.
+        images: (B, 3, H, W), normalised.
+        goal: (B,), the output to watch.
+        fill: what hidden cells get: "mean" (0, the mean colour of the data set), "blur" (the image
+            blurred by a Gaussian of an eighth of its side) or "none": patches are left out.
+    """
+
+    def __init__(self, model, images, goal, fill: str):
+        self.model, self.images, self.goal, self.fill = model, images, goal, fill
+        size = images.shape[-1]
+        self.filling = torch.zeros_like(images)
+        if fill == "blur":
+            self.filling = gaussian_blur(images, [size // 2 // 2 * 2 + 1] * 2, [size / 8] * 2)
+        cells = torch.arange(CELLS).expand(len(images), -1)
+        self.with_all, self.with_none = self(cells[:, :0]), self(cells)
+
+    @torch.inference_mode()
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Probabilities (B,), on the CPU, with the cells `hidden` (B, n) hidden from each image."""
+        shown = torch.ones(len(hidden), CELLS).scatter(1, hidden, 0.0).to(self.images.device)
+        if self.fill == "none":
+            keep = shown.argsort(dim=1, descending=True, stable=True)[:, : CELLS - hidden.shape[1]]
+            logits = self.model.forward_head(self.model.forward_features(self.images, keep=keep))
+        else:
+            shown = shown.view(-1, 1, SIDE, SIDE)
+            shown = F.interpolate(shown, self.images.shape[2:])  # nearest
+            logits = self.model(self.images * shown + self.filling * (1 - shown))
+        return logits.float().softmax(1).gather(1, self.goal[:, None])[:, 0].cpu()
+
+
+def fills_for(model: TrainedModel) -> list[str]:
+    """The ways to hide cells from a network. Patches are left out where they are the cells."""
+    network, found = model.network, ["mean", "blur"]
+    features = getattr(network, "forward_features", None)
+    leaves_out = features and "keep" in inspect.signature(features).parameters
+    return found + ["none"] * bool(leaves_out and getattr(network, "grid", None) == SIDE)
+
+
+def curve(order: torch.Tensor, probability: Hiding) -> torch.Tensor:
+    """Probabilities (B, 17) when none, 4, 8, ..., all 64 cells of `order` (B, 64) are hidden.
+
+    Deletion (Petsiuk et al. 2018, arXiv 1806.07421, alg. 1). Insertion is the curve of the reversed
+    order, read backwards.
+    """
+    between = [probability(order[:, :n]) for n in range(STEP, CELLS, STEP)]
+    return torch.stack([probability.with_all, *between, probability.with_none], dim=1)
+
+
+def area(curves: torch.Tensor) -> torch.Tensor:
+    """Area under curves (B, n) over an axis from 0 to 1, by trapezoids: (B,)."""
+    return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
+
+
+def saco(values: torch.Tensor, falls: torch.Tensor) -> torch.Tensor:
+    """SaCo (Wu et al. 2024, arXiv 2404.01415, alg. 1) from -1 to 1, per image: (B,).
+
+    Of each two groups of cells, the one with the higher value should matter more. 0 is chance.
+
+    Args:
+        values: (B, G), the sum of the map over each group, from the highest to the lowest.
+        falls: (B, G), how much the probability falls when one group is hidden.
+    """
+    first, second = torch.triu_indices(values.shape[1], values.shape[1], offset=1)
+    weight = values[:, first] - values[:, second]  # >= 0
+    sign = torch.where(falls[:, first] >= falls[:, second], 1.0, -1.0)
+    return (sign * weight).sum(1) / weight.sum(1).clamp(min=1e-30)
+
+
+def score(maps: torch.Tensor, order: torch.Tensor, probability, chance=None) -> dict:
+    """Curves (B, 17) and scores (B,) of one method; in every score higher is better.
+
+    Args:
+        maps: (B, 8, 8).
+        order: its cells from the highest to the lowest, (B, 64).
+        probability: a `Hiding`.
+        chance: the same of random orders; scores are differences from it.
+    """
+    curves = {
+        "deletion": curve(order, probability),
+        "insertion": curve(order.flip(1), probability).flip(1),
+    }
+    if chance is None:
+        return curves
+    groups = order.split(STEP, dim=1)
+    values = torch.stack([maps.flatten(1).gather(1, group).sum(1) for group in groups], dim=1)
+    left = [curves["deletion"][:, 1], *map(probability, groups[1:])]  # without one group each
+    falls = torch.stack([probability.with_all - p for p in left], dim=1)
+    return {
+        "curves": curves,
+        "deletion": area(chance["deletion"]) - area(curves["deletion"]),
+        "insertion": area(curves["insertion"]) - area(chance["insertion"]),
+        "SaCo": saco(values, falls),
+    }
+
+
+# ---------------------------------------------------------------- a network
+
+
+def maps_of(model: TrainedModel, network, split, methods: list[str]) -> tuple[dict, torch.Tensor]:
+    """Maps (n, 8, 8) of the predicted class by each method, and that class (n,).
+
+    network: the model's own, or one of the same kind with other weights. The class is what the
+    model's own network predicts.
+    """
+    maps, goals = {name: [] for name in methods}, []
+    for images, _ in tqdm(model.batches(split, explain=True), "maps", leave=False, disable=None):
+        with torch.inference_mode():
+            goal = model.network(images).argmax(1)
+        this = forward_pass(network, images)
+        weights = F.one_hot(goal, this.logits.shape[1]).float()
+        for name in methods:
+            heat = METHODS[name].compute(this, weights, -1).detach().cpu()
+            maps[name].append(on_grid(heat, SIDE))
+        goals.append(goal)
+    return {name: torch.cat(parts) for name, parts in maps.items()}, torch.cat(goals)
+
+
+def measure(model: TrainedModel, split, methods: list[str]) -> tuple[dict, dict]:
+    """Scores of methods and controls with each fill, and the maps that were scored.
+
+    Scores: {fill: {method: {"deletion": (n,), "insertion": (n,), "SaCo": (n,), "curves": ...}}}.
+    Two methods with the same order of cells in every image are scored once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batches = model.batches(split)
+    controls = [control_maps(images, generator) for images, _ in batches]
+    maps, goals = maps_of(model, model.network, split, methods)
+    maps |= {name: torch.cat([part[name] for part in controls]) for name in CONTROLS}
+    orders = {name: ranked(maps[name], torch.Generator().manual_seed(0)) for name in maps}
+    same = {}
+    for name in orders:
+        first = next(other for other in orders if torch.equal(orders[other], orders[name]))
+        if first != name:
+            print(f"{model.name}: {name} ranks all cells as {first} does; it is scored once")
+        same[name] = first
+    noise = torch.rand(REFERENCES, len(split), SIDE, SIDE, generator=generator)
+    references = [ranked(part, generator) for part in noise]
+    fills, scores = fills_for(model), {}
+    bar = tqdm(
+        total=len(fills) * len(batches) * len(maps), desc=model.name, leave=False, disable=None
+    )
+    for fill in fills:
+        parts = []
+        for (images, _), rows in zip(
+            batches, torch.arange(len(split)).split(batches.batch_size), strict=True
+        ):
+            hiding = Hiding(model.network, images, goals[rows], fill)
+            chances = [score(None, order[rows], hiding) for order in references]
+            chance = {key: sum(c[key] for c in chances) / REFERENCES for key in chances[0]}
+            part = {"chance": {"curves": chance}}
+            for name in maps:
+                if same[name] == name:
+                    part[name] = score(maps[name][rows], orders[name][rows], hiding, chance)
+                bar.update()
+            parts.append(part)
+        scores[fill] = {name: joined([part[name] for part in parts]) for name in parts[0]}
+    bar.close()
+    return scores, maps
+
+
+def joined(parts: list[dict]) -> dict:
+    """Dicts of tensors, or of such dicts, joined along the images."""
+    return {
+        key: joined([part[key] for part in parts]) if isinstance(parts[0][key], dict)
+        else torch.cat([part[key] for part in parts])
+        for key in parts[0]
+    }  # fmt: skip
+
+
+def interval(values: torch.Tensor) -> tuple[float, float, float]:
+    """Mean of (n,), and the ends of its 95% bootstrap interval over images."""
+    x = values.double().numpy()
+    if x.min() == x.max():
+        return (float(x[0]),) * 3
+    found = bootstrap((x,), np.mean, method="percentile", n_resamples=2000, random_state=0)
+    return (float(x.mean()), *map(float, found.confidence_interval))
+
+
+def check_sanity(model: TrainedModel, split, maps: dict) -> dict[str, float]:
+    """Mean absolute rank correlation of each map with that of the same network, untrained.
+
+    (Adebayo et al. 2018, arXiv 1810.03292.) A map that shows what was learned must change.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random = build_model(model.checkpoint["model_name"], model.checkpoint["model_config"])
+    random = random.eval().to(next(model.network.parameters()).device)
+    methods = [name for name in maps if name in METHODS]
+    others, _ = maps_of(model, random, split, methods)
+    others["edges"] = maps["edges"]  # of the images alone
+    return {
+        name: float(np.nanmean(abs(rank_correlation(maps[name], others[name])))) for name in others
+    }
+
+
+# ---------------------------------------------------------------- command line
+
+
+def summarise(scores: dict) -> dict:
+    """{method: {score: {fill: {"mean", "low", "high"}}}} of what `measure` returns."""
+    summary = {}
+    for fill, methods in scores.items():
+        for name, values in methods.items():
+            for kind in ("deletion", "insertion", "SaCo") if name != "chance" else ():
+                numbers = dict(zip(("mean", "low", "high"), interval(values[kind]), strict=True))
+                summary.setdefault(name, {}).setdefault(kind, {})[fill] = numbers
+    return summary
+
+
+def print_scores(name: str, scores: dict, summary: dict) -> None:
+    """A table, and in words what is best and what does not differ from chance."""
+    columns = [(kind, fill) for kind in ("deletion", "insertion", "SaCo") for fill in scores]
+    rows = [[name, *(f"{kind}, {fill}" for kind, fill in columns)]]
+    for method, numbers in summary.items():
+        cells = [numbers[kind][fill] for kind, fill in columns]
+        rows.append(
+            [method, *(f"{c['mean']:+.3f} ±{(c['high'] - c['low']) / 2:.3f}" for c in cells)]
+        )
+    print(table(rows))
+    for kind, fill in columns:
+        own = {method: scores[fill][method][kind] for method in summary}
+        best = max(own, key=lambda method: own[method].mean())
+        equal = [m for m in own if m != best and interval(own[best] - own[m])[1] <= 0]
+        chance = [m for m in own if m != "random" and summary[m][kind][fill]["low"] <= 0]
+        print(
+            f"  {kind}, {fill}: best {best}"
+            + (f" (not different from it: {', '.join(equal)})" if equal else "")
+            + (f"; not above chance: {', '.join(chance)}" if chance else "")
+        )
+
+
+def print_sanity(name: str, correlations: dict[str, float]) -> None:
+    """Lines of pass or fail. The edge detector must fail: it does not know the network."""
+    print(f"{name}: rank correlation with the maps of a network of random weights, mean of |rho|")
+    for method, rho in correlations.items():
+        passed = "pass" if rho < LARGEST_CORRELATION else "fail"
+        note = ""
+        if method == "edges":
+            note = " (as it should: an edge detector knows no network)"
+        elif not METHODS[method].takes_target:
+            note = " (it uses no logits, so it does not depend on the last layer)"
+        print(f"  {passed}  {method} {rho:.2f}{note}")
+
+
+@command
+@with_plain_text
+def main(argv=None):
+    # 1. Check.
+    args = parse_arguments(argv)
+    models = load_models(args.checkpoints, use_device(args))
+    methods = {}
+    for model in models:
+        reasons = unusable_methods(model.network, model.checkpoint["dataset"]["image_size"])
+        methods[model.name] = [name for name in args.method or METHODS if name not in reasons]
+        if not methods[model.name]:
+            first = args.method[0]
+            possible = ", ".join(name for name in METHODS if name not in reasons)
+            raise UserError(f"--method {first}: {model.name} {reasons[first]}; use {possible}")
+    dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
+    make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
+
+    # 2. Gather: the same random images for all models.
+    data = load_data_for(models, args.dataset, args.data_dir, args.split)
+    split = getattr(data, args.split)
+    if not len(split):
+        raise UserError(f"--split {args.split}: there are no such images; use the other split")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    split = split.subset(order[: args.count])
+    print(f"{data.name}: {len(split)} of {len(order):,} {args.split} images")
+    if len(split) < 2:
+        raise UserError("two images are needed for an interval: give a larger --count")
+
+    # 3. Measure, print and draw, one network after the other.
+    results, figures = {}, {}
+    for model in models:
+        scores, maps = measure(model, split, methods[model.name])
+        sanity = check_sanity(model, split, maps)
+        results[model.path] = {"scores": summarise(scores), "random_weights": sanity}
+        curves = {fill: {name: {kind: c.mean(0) for kind, c in values["curves"].items()}
+                         for name, values in part.items()} for fill, part in scores.items()}  # fmt: skip
+        title = f"{model.name}, {len(split)} {args.split} images"
+        figures[file_name(f"{model.name}_faithfulness", ".png")] = plot_faithfulness(curves, title)
+        print_scores(model.name, scores, results[model.path]["scores"])
+        print_sanity(model.name, sanity)
+
+    # 4. Write.
+    found = {"images": len(split), "split": args.split, "data": data.name, "checkpoints": results}
+    with writing(args.out_dir / "faithfulness.json"):
+        text = json.dumps(found, indent=2) + "\n"
+        (args.out_dir / "faithfulness.json").write_text(text, encoding="utf-8")
+    for name, figure in figures.items():
+        with writing(args.out_dir / name):
+            figure.savefig(args.out_dir / name, dpi=110)
+    print(f"written to {args.out_dir}: {', '.join(['faithfulness.json', *figures])}")
+
+
+def parse_arguments(argv) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="+", type=name_type, metavar="CHECKPOINT",
+                        help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
+    add_data_flags(parser, from_checkpoint=True)
+    add = parser.add_argument
+    add("--split", choices=("test", "val"), default="test", help="which images")
+    add("--count", type=integer(2), default=100, metavar="N", help="how many images")
+    add("--method", nargs="+", choices=METHODS, metavar="NAME",
+        help=f"{', '.join(METHODS)} (default: all that the network allows)")  # fmt: skip
+    add("--out-dir", type=path_type, default=Path("runs/faithfulness"), metavar="DIR",
+        help="for the results; earlier ones are replaced")  # fmt: skip
+    add_device_flags(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main)
