@@ -39,7 +39,8 @@ class ForwardPass:
 
         In eval mode images are independent, so one backward pass serves the whole batch.
         """
-        score = (weights * self.logits).sum()
+        with torch.inference_mode(False), torch.enable_grad():
+            score = (weights.clone() * self.logits).sum()
         gradients = torch.autograd.grad(score, of, retain_graph=True)
         return gradients if isinstance(of, list) else gradients[0]
 
@@ -278,47 +279,57 @@ class Method:
     needs: frozenset[str]  # any one of these intermediates suffices; empty: needs `forward` only
     scale: str  # a key of `figures.SCALES`
     unit: str  # as it is written above maps
-    default: bool = False  # used unless --method says otherwise
+    default_with: str = ""  # used for networks that have this, unless --method says otherwise
     takes_target: bool = True  # whether the map is of one class
     takes_layer: bool = False
     gradients: bool = True
 
 
 FEATURES, ATTENTION = frozenset({"map", "tokens"}), frozenset({"attention"})
+NOTHING = frozenset()
 METHODS = {
     "grad-cam": Method(
-        grad_cam, "Grad-CAM", FEATURES, "signed", "in logits", default=True, takes_layer=True
+        grad_cam, "Grad-CAM", FEATURES, "signed", "in logits", default_with="map", takes_layer=True
     ),
     "layer-cam": Method(layer_cam, "LayerCAM", FEATURES, "signed", "in logits", takes_layer=True),
     "attention": Method(
-        last_attention, "attention", ATTENTION, "uniform", "1 is uniform", default=True,
+        last_attention, "attention", ATTENTION, "uniform", "1 is uniform", default_with="attention",
         takes_target=False, takes_layer=True, gradients=False,
     ),
     "rollout": Method(
         attention_rollout, "rollout", ATTENTION, "uniform", "1 is uniform",
         takes_target=False, gradients=False,
     ),
-    "relevance": Method(relevance, "relevance", ATTENTION, "positive", "", default=True),
-    "occlusion": Method(occlusion, "occlusion", frozenset(), "signed", "in logits", gradients=False),
+    "relevance": Method(
+        relevance, "relevance", ATTENTION, "positive", "", default_with="attention"
+    ),
+    "occlusion": Method(
+        occlusion, "occlusion", NOTHING, "signed", "in logits", gradients=False
+    ),
     "input-x-gradient": Method(
-        input_x_gradient, "input × gradient", frozenset(), "signed", "in logits"
+        input_x_gradient, "input × gradient", NOTHING, "signed", "in logits"
     ),
 }  # fmt: skip
 
 
-def unusable_methods(model, image_size: int, layer: int = -1) -> dict[str, str]:
-    """Which methods cannot explain a network, and why not; found out with one blank image."""
+def methods_for(model, image_size: int, layer: int = -1) -> tuple[list[str], dict[str, str]]:
+    """The methods that are used for a network by default, and why others are not possible.
+
+    One blank image tells. Of a network that offers nothing, the default is occlusion.
+    """
     blank = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
     run, reasons = forward_pass(model, blank), {}
     for name, method in METHODS.items():
-        if not method.needs:
-            continue
         found = [run.layers[key] for key in ("map", "tokens", "attention")
                  if key in method.needs & set(run.layers)]  # fmt: skip
+        if not method.needs:
+            continue
         if not found:
             reasons[name] = f"has no {' or '.join(sorted(method.needs))}"
         elif method.takes_layer and layer >= len(found[0]):
             reasons[name] = f"has {len(found[0])} layers"
         elif method.compute(run, torch.ones_like(run.logits), layer).shape[1:] == (1, 1):
             reasons[name] = "has a map of one cell there"
-    return reasons
+    chosen = [name for name, method in METHODS.items()
+              if method.default_with in run.layers and name not in reasons]  # fmt: skip
+    return chosen or ["occlusion"], reasons

@@ -56,7 +56,6 @@ from prepare import TrainedModel, load_data_for, load_models
 
 LARGEST_SIDE = 2048  # pixels of an overlay on a photograph
 MOST_MAPS = 12  # of an image in a figure
-DEFAULT = [name for name, method in METHODS.items() if method.default]
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -72,25 +71,14 @@ def parse_arguments(argv) -> argparse.Namespace:
         help="wrong: at least one checkpoint is wrong (default: any)")  # fmt: skip
     add("--count", type=integer(1), metavar="N", help="how many test images (default: 8)")
     add = parser.add_argument_group("explanations").add_argument
-    add(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        metavar="NAME",
-        help=f"{', '.join(METHODS)} (default: {', '.join(DEFAULT)}, as the network allows)",
-    )
-    add(
-        "--target",
-        nargs="+",
-        metavar="CLASS",
+    add("--method", nargs="+", choices=METHODS, metavar="NAME",
+        help=f"{', '.join(METHODS)} (default: grad-cam; for a ViT attention and relevance; for "
+             "other networks occlusion)")  # fmt: skip
+    add("--target", nargs="+", metavar="CLASS",
         help="the class to explain: predicted, true, a name, or all (default: predicted; with "
-        "--show wrong: predicted, true, and the difference of the two)",
-    )
-    add(
-        "--versus",
-        metavar="CLASS",
-        help="explain the difference from this class's logit: a name, predicted, or true",
-    )
+             "--show wrong also true, and the difference of the two)")  # fmt: skip
+    add("--versus", metavar="CLASS",
+        help="subtract this class's logit: a name, predicted, or true")  # fmt: skip
     add("--layer", type=integer(1), metavar="N",
         help="a CNN's stage or a ViT's block (default: the last)")  # fmt: skip
     add("--save-maps", action="store_true", help="also write the maps as .npz")
@@ -105,7 +93,8 @@ def parse_arguments(argv) -> argparse.Namespace:
     for flag in ("show", "count", "dataset", "data_dir") if args.images else ():
         if getattr(args, flag) is not None:
             parser.error(f"--{flag.replace('_', '-')} is for test images: omit it with --images")
-    for flag, accept in (("target", "takes_target"), ("layer", "takes_layer")):
+    takes = {"target": "takes_target", "versus": "takes_target", "layer": "takes_layer"}
+    for flag, accept in takes.items():
         able = [name for name, method in METHODS.items() if getattr(method, accept)]
         if getattr(args, flag) and args.method and not set(args.method) & set(able):
             parser.error(f"--{flag} is for {', '.join(able)}: add one, or omit --{flag}")
@@ -127,27 +116,29 @@ def choose_methods(models: list[TrainedModel], args) -> dict[str, list[str]]:
     Raises:
         UserError: none of --method is possible, --layer is not there, or a class is unknown.
     """
-    methods, problems = {}, {}
+    methods, problems = {}, []
     for model in models:
         size, layer = model.checkpoint["dataset"]["image_size"], (args.layer or 0) - 1
-        reasons = attribution.unusable_methods(model.network, size, layer)
-        possible = [name for name in METHODS if name not in reasons]
-        chosen = [name for name in possible if name in (args.method or DEFAULT)]
-        methods[model.name] = chosen if args.method or chosen else possible[:1]
-        for name in args.method or DEFAULT:
-            if "layer" in reasons.get(name, ""):
-                raise UserError(f"--layer {args.layer}: {model.name} {reasons[name]}")
-            if name in reasons:
-                problems[name] = (f"{model.name} {reasons[name]}", possible)
+        default, reasons = attribution.methods_for(model.network, size, layer)
+        wanted = args.method or default
+        methods[model.name] = [n for n in METHODS if n in wanted and n not in reasons]
+        for name in args.method or METHODS:
+            if "layers" in reasons.get(name, ""):
+                problem = f"{model.name} {reasons[name]}; use a lower one"
+                raise UserError(f"--layer {args.layer}: {problem}")
+        possible = ", ".join(name for name in METHODS if name not in reasons)
+        problems += [
+            (n, f"{model.name} {reasons[n]}; use {possible}") for n in wanted if n in reasons
+        ]
     if not any(methods.values()):
-        name, (problem, possible) = next(iter(problems.items()))
-        raise UserError(f"--method {name}: {problem}; use {', '.join(possible)}")
+        raise UserError("--method {}: {}".format(*problems[0]))
     classes = models[0].checkpoint["classes"]
-    for flag, target in (*(("target", t) for t in args.target), ("versus", args.versus)):
-        if target not in (None, "predicted", "true", *classes, *["all"] * (flag == "target")):
+    for flag, target in (*(("target", target) for target in args.target), ("versus", args.versus)):
+        special = ["predicted", "true"] + (["all"] if flag == "target" else [None])
+        if target not in (*special, *classes):
             raise UserError(f"--{flag} {target}: the {len(classes)} classes are {quoted(classes)}")
-    if "all" in args.target and "all" not in classes:
-        args.target = classes
+    if "all" in args.target:
+        args.target = [name for name in classes if name != args.versus]
     return methods
 
 
@@ -171,10 +162,10 @@ class Column:
         """The row of the table."""
         return METHODS[self.name]
 
-    @property
-    def norm(self):
-        """The scale that all the maps have."""
-        return SCALES[self.method.scale].norm(self.maps)
+    def norm(self, i: int):
+        """The scale of map i: that of all the maps, unless the method's values have no unit."""
+        maps = self.maps if self.method.unit else self.maps[i : i + 1]
+        return SCALES[self.method.scale].norm(maps)
 
     @property
     def key(self) -> str:
@@ -310,18 +301,18 @@ def print_agreement(columns: list[Column], predictions: dict[str, torch.Tensor],
 
 def draw(models: list[TrainedModel], examples: Examples, columns: list[Column], kind: str) -> dict:
     """The figures, by the name of their file."""
-    most = MOST_PICTURES, MOST_MAPS
-    pictures = examples.pictures[: most[0]]
-    for what, existing, limit in zip(
-        ("images", "maps"), (examples.names, columns), most, strict=True
+    pictures = examples.pictures[:MOST_PICTURES]
+    for what, shown, all_of in (
+        ("images", len(pictures), len(examples.names)),
+        ("maps", min(len(columns), MOST_MAPS), len(columns)),
     ):
-        if len(existing) > limit:
-            print(f"the figures show the first {limit} of {len(existing)} {what}")
+        if shown < all_of:
+            print(f"the figures show the first {shown} of {all_of} {what}")
     names = shorten(examples.names[: len(pictures)])
     drawn = examples.split.subset(torch.arange(len(pictures)))
     inputs = list(drawn.images.permute(0, 2, 3, 1).numpy()) if examples.files else None
     stem = "+".join(model.name for model in models) + f"_explanations-{kind}"
-    pages = figures.plot_explanations(pictures, inputs, names, columns[: most[1]])
+    pages = figures.plot_explanations(pictures, inputs, names, columns[:MOST_MAPS])
     numbers = [f"-{page}" for page in range(1, 1 + len(pages))] if len(pages) > 1 else [""]
     found = {file_name(stem + n, ".png"): page for n, page in zip(numbers, pages, strict=True)}
     for model in models:

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from attribution import (
     METHODS,
     forward_pass,
+    methods_for,
     on_grid,
     rank_correlation,
-    unusable_methods,
 )
 from cli import (
     Parser,
@@ -301,26 +301,44 @@ def summarise(scores: dict) -> dict:
     return summary
 
 
+def mean_curves(scores: dict) -> dict:
+    """{fill: {method: {"deletion" or "insertion": 17 mean probabilities}}} of the same."""
+    return {
+        fill: {
+            name: {kind: curve.mean(0).tolist() for kind, curve in values["curves"].items()}
+            for name, values in methods.items()
+        }
+        for fill, methods in scores.items()
+    }
+
+
 def print_scores(name: str, scores: dict, summary: dict) -> None:
-    """A table, and in words what is best and what does not differ from chance."""
+    """A table; in words what is best, and what is above neither chance nor a centred Gaussian."""
     columns = [(kind, fill) for kind in ("deletion", "insertion", "SaCo") for fill in scores]
-    rows = [[name, *(f"{kind}, {fill}" for kind, fill in columns)]]
+    rows = [[name, *(kind for kind, _ in columns)], ["filled with", *(fill for _, fill in columns)]]
     for method, numbers in summary.items():
         cells = [numbers[kind][fill] for kind, fill in columns]
-        rows.append(
-            [method, *(f"{c['mean']:+.3f} ±{(c['high'] - c['low']) / 2:.3f}" for c in cells)]
-        )
+        half = [(cell["high"] - cell["low"]) / 2 for cell in cells]
+        texts = [f"{cell['mean']:+.2f} ±{h:.2f}" for cell, h in zip(cells, half, strict=True)]
+        rows.append([method, *texts])
     print(table(rows))
     for kind, fill in columns:
         own = {method: scores[fill][method][kind] for method in summary}
-        best = max(own, key=lambda method: own[method].mean())
-        equal = [m for m in own if m != best and interval(own[best] - own[m])[1] <= 0]
-        chance = [m for m in own if m != "random" and summary[m][kind][fill]["low"] <= 0]
-        print(
-            f"  {kind}, {fill}: best {best}"
-            + (f" (not different from it: {', '.join(equal)})" if equal else "")
-            + (f"; not above chance: {', '.join(chance)}" if chance else "")
-        )
+        methods = [method for method in own if method not in CONTROLS]
+        best = max(methods, key=lambda method: own[method].mean())
+        lists = {
+            "not different from it": [m for m in methods if not above(own[best], own[m])],
+            "not above chance": [m for m in methods if summary[m][kind][fill]["low"] <= 0],
+            "not above the centre": [m for m in methods if not above(own[m], own.get("center", 0))],
+        }
+        lists["not different from it"].remove(best)
+        said = [f"{text}: {', '.join(names)}" for text, names in lists.items() if names]
+        print("; ".join([f"  {kind}, {fill}: best {best}", *said]))
+
+
+def above(one: torch.Tensor, other) -> bool:
+    """Whether scores are higher in the mean than others of the same images, (n,) each."""
+    return interval(one - other)[1] > 0
 
 
 def print_sanity(name: str, correlations: dict[str, float]) -> None:
@@ -344,7 +362,7 @@ def main(argv=None):
     models = load_models(args.checkpoints, use_device(args))
     methods = {}
     for model in models:
-        reasons = unusable_methods(model.network, model.checkpoint["dataset"]["image_size"])
+        _, reasons = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
         methods[model.name] = [name for name in args.method or METHODS if name not in reasons]
         if not methods[model.name]:
             first = args.method[0]
@@ -369,9 +387,10 @@ def main(argv=None):
     for model in models:
         scores, maps = measure(model, split, methods[model.name])
         sanity = check_sanity(model, split, maps)
-        results[model.path] = {"scores": summarise(scores), "random_weights": sanity}
-        curves = {fill: {name: {kind: c.mean(0) for kind, c in values["curves"].items()}
-                         for name, values in part.items()} for fill, part in scores.items()}  # fmt: skip
+        curves = mean_curves(scores)
+        results[model.path] = {
+            "scores": summarise(scores), "random_weights": sanity, "curves": curves
+        }  # fmt: skip
         title = f"{model.name}, {len(split)} {args.split} images"
         figures[file_name(f"{model.name}_faithfulness", ".png")] = plot_faithfulness(curves, title)
         print_scores(model.name, scores, results[model.path]["scores"])

@@ -158,7 +158,7 @@ def plot_explanations(pictures, inputs, names: list[str], columns: list) -> list
         pictures: uint8 (H, W, 3) each.
         inputs: what the networks saw, if the pictures are larger photographs; else None.
         names: above the pictures.
-        columns: of maps, as `explain.Column`. All the maps of a column have one scale.
+        columns: of maps, as `explain.Column`.
     """
     count = -(-len(columns) // MAPS_PER_LINE)  # rounded up
     lines = [[columns[j] for j in part] for part in np.array_split(range(len(columns)), count)]
@@ -192,8 +192,9 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
     def draw_map(x, y, column, i):
         scale, heat = SCALES[column.method.scale], column.maps[i]
         raw, smooth = panel(x, y), panel(x + PANEL + 0.05, y)
-        drawn = raw.imshow(heat, cmap=scale.colors, norm=column.norm, interpolation="nearest")
-        smooth.imshow(overlay(enlarged(pictures[i]), heat, scale, column.norm))
+        norm = column.norm(i)
+        drawn = raw.imshow(heat, cmap=scale.colors, norm=norm, interpolation="nearest")
+        smooth.imshow(overlay(enlarged(pictures[i]), heat, scale, norm))
         raw.set_title(column.titles[i], fontsize=9, color=column.colors[i], x=1.03)
         _color_bar(drawn, cax=panel(x + 2 * PANEL + 0.1, y, 0.07))
         if repeated or i == rows[0]:

@@ -11,7 +11,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, TINY_VIT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -198,10 +197,32 @@ def test_cam(edited, trained):
         if name == "vit":
             A, gradient = new.token_map(A), new.token_map(gradient)
         weighted = gradient.mean((2, 3), keepdim=True) * A
-        maps = new.grad_cam(model, images, torch.arange(10))
-        torch.testing.assert_close(maps, F.relu((gradient * A).sum(1)))
-        assert torch.allclose(maps, F.relu(weighted.sum(1)), atol=1e-6) == (name == "cnn")
+        maps = new.attribute(model, images, torch.arange(10))
+        torch.testing.assert_close(maps, (gradient * A).sum(1), rtol=1e-4, atol=1e-6)
+        assert torch.allclose(maps, weighted.sum(1), atol=1e-6) == (name == "cnn")
         assert maps.max() > 1e-3
+
+
+def test_grad_cam_plus_plus(edited, trained):
+    """Equation 19 by loops; and as pytorch-grad-cam computes it, if that is installed."""
+    module = edited("15-grad-cam-plus-plus")
+    model, _ = module("checkpoint").load_model(trained["cnn"])
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(4)
+    maps = module("attribution").attribute(model, images, targets, layer=0)
+    features, inside = model.forward_features(images, return_intermediates=True)
+    A = inside["map"][0]
+    score = model.forward_head(features)[torch.arange(4), targets].sum()
+    (gradient,) = torch.autograd.grad(score, A)
+    A, g = A.detach().double().numpy(), gradient.double().numpy()
+    expected = np.zeros((4, *A.shape[2:]))
+    for b, k in np.ndindex(A.shape[:2]):
+        weight = 0
+        for i, j in np.argwhere(g[b, k] > 0):
+            g2 = g[b, k, i, j] ** 2
+            weight += g2 / (2 * g2 + A[b, k].sum() * g2 * g[b, k, i, j]) * g[b, k, i, j]
+        expected[b] += weight * A[b, k]
+    np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_network_of_ones_own(run, tmp_path, capsys):

@@ -1,3 +1,5 @@
+import re
+
 import matplotlib
 import numpy as np
 import pytest
@@ -7,137 +9,11 @@ from PIL import Image
 import attribution
 import explain
 import figures
+import train_cnn
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import Split
-from explain import Examples, read_photographs
-from models import CNN, ViT
+from examples import Examples, read_photographs
 from prepare import load_models
-
-
-@pytest.fixture
-def cnn():
-    torch.manual_seed(0)
-    model = CNN(stem=8, widths=(16, 24), depths=(1, 1))
-    for module in model.modules():  # statistics other than 0 and 1
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2)
-    return model.eval()
-
-
-@pytest.fixture
-def vit():
-    torch.manual_seed(0)
-    return ViT(dim=24, depth=3, heads=3).eval()
-
-
-@pytest.fixture
-def images():
-    return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-TARGETS = torch.tensor([0, 3, 9, 1, 1, 7])
-
-
-def test_grad_cam_equals_captums(cnn, images):
-    attr = pytest.importorskip("captum.attr")
-    theirs = attr.LayerGradCam(cnn, cnn.stages[-1]).attribute(
-        images, target=TARGETS, relu_attributions=True
-    )
-    ours = attribution.grad_cam(cnn, images, TARGETS)
-    assert ours.max() > 1e-3
-    torch.testing.assert_close(ours, theirs[:, 0], rtol=1e-5, atol=1e-7)
-
-
-def test_grad_cam_equals_pytorch_grad_cams(cnn, images):
-    cam = pytest.importorskip("pytorch_grad_cam")
-    targets = [cam.utils.model_targets.ClassifierOutputTarget(t.item()) for t in TARGETS]
-    theirs = cam.GradCAM(cnn, [cnn.stages[-1]])(images, targets)
-    ours, compared = attribution.grad_cam(cnn, images, TARGETS), 0
-    for heat, expected in zip(ours, theirs, strict=True):
-        if heat.max() > 0:
-            compared += 1
-            small = torch.tensor(figures.scaled(heat))[None, None]
-            big = torch.nn.functional.interpolate(small, 32, mode="bilinear")[0, 0]
-            np.testing.assert_allclose(figures.scaled(big), expected, atol=1e-4)
-    assert compared >= 3
-
-
-def test_vit_grad_cam_has_the_gradients_that_captum_finds(vit, images):
-    attr = pytest.importorskip("captum.attr")
-    raw = attr.LayerGradientXActivation(vit, vit.blocks[-1].norm1).attribute(images, target=TARGETS)
-    _, found = vit.forward_features(images, return_intermediates=True)
-    gradient, A = (
-        tokens[:, 1:].unflatten(1, (8, 8)).movedim(-1, 1)
-        for tokens in (raw / found["tokens"][-1], found["tokens"][-1])
-    )
-    expected = (gradient.mean((2, 3), keepdim=True) * A).sum(1).relu()
-    ours = attribution.grad_cam(vit, images, TARGETS)
-    assert ours.max() > 0
-    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
-
-
-def test_grad_cam_equals_the_closed_form_class_map(cnn, images):
-    """A map, its average, a linear layer: dz_c/dA is W_c / (h w), so the sum is W_c . A / (h w)."""
-    A = cnn.forward_features(images)
-    closed = torch.einsum("bk,bkhw->bhw", cnn.head.weight[TARGETS], A).relu() / 64
-    torch.testing.assert_close(
-        attribution.grad_cam(cnn, images, TARGETS), closed, rtol=1e-5, atol=1e-7
-    )
-
-
-def test_last_blocks_output_would_give_the_vit_no_gradient(vit, images):
-    """The trap that `tokens` avoids: after the last attention patches no longer matter."""
-    x, found = vit.forward_features(images, return_intermediates=True)
-    score = vit.forward_head(x).gather(1, TARGETS[:, None]).sum()
-    after, before = torch.autograd.grad(score, [x, found["tokens"][-1]])
-    assert (after[:, 1:] == 0).all() and (before[:, 1:] != 0).any()
-
-
-@pytest.mark.parametrize("method", ["grad-cam", "attention", "rollout", "input-x-gradient"])
-def test_batch_equals_single_images_and_leaves_the_model_alone(vit, images, method):
-    state = torch.get_rng_state()
-    maps = attribution.METHODS[method].compute(vit, images, TARGETS)
-    side = 32 if method == "input-x-gradient" else 8
-    assert maps.shape == (6, side, side) and not maps.requires_grad and maps.abs().max() > 0
-    for i in range(6):
-        one = attribution.METHODS[method].compute(vit, images[i : i + 1], TARGETS[i : i + 1])
-        torch.testing.assert_close(maps[i], one[0], rtol=1e-4, atol=1e-6)
-    assert all(p.grad is None and p.requires_grad for p in vit.parameters())
-    assert not vit.training and torch.equal(state, torch.get_rng_state())
-    with torch.no_grad():
-        assert torch.equal(attribution.METHODS[method].compute(vit, images, TARGETS), maps)
-
-
-def random_attention(L, N=17):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.rand(2, 3, N, N, generator=generator).softmax(-1) for _ in range(L)]
-
-
-def test_rollout_rows_sum_to_one_and_equal_numpys_product():
-    attentions = random_attention(4)
-    R = attribution.rollout(attentions)
-    torch.testing.assert_close(R.sum(-1), torch.ones(2, 17), rtol=1e-5, atol=1e-5)
-    for b in range(2):
-        expected = np.linalg.multi_dot(
-            [(a[b].double().mean(0).numpy() + np.eye(17)) / 2 for a in reversed(attentions)]
-        )
-        np.testing.assert_allclose(R[b], expected, atol=1e-6)
-
-
-def test_attention_maps_are_the_class_tokens_rows_in_reading_order(vit, images):
-    _, found = vit.forward_features(images, return_intermediates=True)
-    maps = attribution.attention_maps(vit, images)
-    assert maps.shape == (6, 3, 3, 8, 8)
-    for y, x in ((0, 0), (0, 7), (5, 2)):
-        expected = found["attention"][1][:, 2, 0, 1 + 8 * y + x]
-        torch.testing.assert_close(maps[:, 1, 2, y, x], expected)
-    last = found["attention"][-1][:, :, 0, 1:].mean(1).reshape(6, 8, 8)
-    torch.testing.assert_close(attribution.last_attention(vit, images), last)
-    whole = attribution.rollout(found["attention"])
-    rolled = attribution.attention_rollout(vit, images)
-    for y, x in ((0, 0), (0, 7), (5, 2)):
-        torch.testing.assert_close(rolled[:, y, x], whole[:, 0, 1 + 8 * y + x])
 
 
 def test_photographs_are_cut_to_their_middle(trained, tmp_path):
@@ -157,69 +33,99 @@ def test_photographs_are_cut_to_their_middle(trained, tmp_path):
             assert (np.asarray(inner) == (0, 255, 0)).all()
 
 
-def test_a_map_lies_where_its_pixels_are():
-    """A toy CNN that sees nothing but brightness: the map's peak is where the bright patch is."""
-    model = CNN(stem=1, widths=(1, 1), depths=(0, 0)).eval()
-    with torch.no_grad():
-        for p in (model.stem.weight, model.stages[0].conv.weight, model.stages[1].conv.weight):
-            p.zero_()[:, :, 1, 1] = 1
-        model.head.weight.fill_(1)
-    images = torch.zeros(1, 3, 32, 32)
-    images[:, :, 20:24, 4:8] = 1
-    heat = attribution.grad_cam(model, images, torch.tensor([0]))[0]
-    assert divmod(heat.argmax().item(), 8) == (5, 1)
-    picture = figures.overlay(np.zeros((320, 320, 3), dtype=np.uint8), heat)
-    assert picture[220, 60, 0] > picture[60, 220, 0]  # red where it is hot, blue elsewhere
-    assert picture[60, 220, 2] > picture[60, 220, 0]
-
-
 def test_signed_maps_are_red_for_and_blue_against():
-    heat = torch.tensor([[1.0, -1.0], [0.0, 0.5]])
-    (red, blue), (white, pale) = figures.colored(heat, signed=True)
+    scale, heat = figures.SCALES["signed"], torch.tensor([[1.0, -1.0], [0.0, 0.5]])
+    (red, blue), (white, pale) = scale.colors(scale.norm(heat[None])(heat.numpy()))[:, :, :3]
     assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and white.min() > 0.95
     assert pale[0] > pale[2]
-    column = {"header": ("", ""), "maps": heat[None], "titles": [""], "colors": ["black"]}
-    picture = np.zeros((8, 8, 3), dtype=np.uint8)
-    figure = figures.plot_explanations([picture], [""], [column | {"signed": True}])
-    raw = figure.axes[1].images[0].get_array()
-    np.testing.assert_allclose(raw, figures.colored(heat, signed=True))
-    texts = " ".join(text.get_text() for text in figure.texts)
-    assert "blue against" in texts and "dark blue" not in texts
+
+
+def test_uniform_attention_is_pale_and_twice_is_orange():
+    scale = figures.SCALES["uniform"]
+    norm = scale.norm(torch.tensor([[[1.0, 0.9], [1.1, 1.0]]]))
+    assert (norm.vmin, norm.vmax) == (0.5, 2)  # never less than from half to twice
+    one, twice = scale.colors(norm([1.0, 2.0]))[:, :3]
+    assert one.min() > 0.9 and twice[0] > 2 * twice[2]
+    assert scale.strength(np.asarray(norm([0.5, 1, 2]))).tolist() == [0, 0, 1]
+
+
+def test_overlay_leaves_the_neutral_photograph_grey():
+    scale, heat = figures.SCALES["signed"], torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    image = np.full((64, 64, 3), 100, dtype=np.uint8)
+    picture = figures.overlay(image, heat, scale, scale.norm(heat[None]))
+    assert (picture[60, 60] == 100).all() and picture[3, 3, 0] > picture[3, 3, 2] + 50
+
+
+def columns_of(count, images):
+    column = explain.Column("cnn", "grad-cam", "predicted")
+    column.maps = torch.rand(images, 8, 8) - 0.5
+    column.titles, column.colors = ["says x (90%)"] * images, ["green"] * images
+    return [column] * count
+
+
+@pytest.mark.parametrize("photographs", [False, True])
+@pytest.mark.parametrize(
+    ("maps", "images", "pages"), [(1, 1, 1), (4, 1, 1), (12, 3, 2), (3, 32, 4)]
+)
+def test_figures_are_of_readable_size(maps, images, pages, photographs):
+    pictures = [np.zeros((32, 32, 3), dtype=np.uint8)] * images
+    names, inputs = ["true: x"] * images, pictures if photographs else None
+    found = figures.plot_explanations(pictures, inputs, names, columns_of(maps, images))
+    assert len(found) == pages
+    shown = sum(axes.get_title() == "true: x" for figure in found for axes in figure.axes)
+    assert shown == images
+    for figure in found:
+        width, height = figure.get_size_inches() * 110
+        assert width < 1700 and height < 2700 and width / height < 4
+        boxes = [axes.get_position() for axes in figure.axes]
+        assert all(b.x0 >= 0 and b.x1 <= 1 and b.y0 > 0 and b.y1 < 1 for b in boxes)
+        assert not any(
+            a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1
+            for i, a in enumerate(boxes) for b in boxes[:i]
+        )  # fmt: skip
+    page = found[0]
+    raw = page.axes[1 + photographs * (maps <= 3)].images[0].get_array()
+    np.testing.assert_allclose(raw, columns_of(1, 1)[0].maps[0] * 0 + raw)  # it is a map
+    texts = " ".join(text.get_text() for text in page.texts)
+    assert "Red raises" in texts and "green where the prediction is right" in texts
 
 
 def test_the_last_panel_of_the_heads_is_their_mean():
-    attention = torch.rand(2, 3, 4, 4)
-    figure = figures.plot_attention_heads(np.zeros((8, 8, 3), dtype=np.uint8), "", attention, "")
+    attention = 3 * torch.rand(2, 3, 4, 4)
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    figure = figures.plot_layers_and_heads(picture, "", attention, "")
     for layer in range(2):
         panels = figure.axes[5 * layer : 5 * layer + 5]  # picture or nothing, heads, mean
         shown = panels[4].images[0].get_array()
-        np.testing.assert_allclose(shown, figures.scaled(attention[layer].mean(0)), atol=1e-6)
-        np.testing.assert_allclose(
-            panels[2].images[0].get_array(), figures.scaled(attention[layer, 1]), atol=1e-6
-        )
+        np.testing.assert_allclose(shown, attention[layer].mean(0), atol=1e-6)
+        np.testing.assert_allclose(panels[2].images[0].get_array(), attention[layer, 1], atol=1e-6)
 
 
-def test_methods_of_each_network(cnn, vit):
-    assert attribution.methods_for(cnn, 32) == ["grad-cam"]
-    assert attribution.methods_for(vit, 32) == ["grad-cam", "attention", "rollout"]
-    assert attribution.methods_for(cnn, 32, ["rollout", "input-x-gradient"]) == ["input-x-gradient"]
-
-
-def test_columns_know_signs_and_who_is_right(trained):
+def test_columns_know_their_classes_and_who_is_right(trained):
     (model,) = load_models([str(trained["cnn"])], "cpu")
-    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     labels = torch.tensor([1, 0, -1])
-    examples = Examples(Split.of(images, labels), labels, list("0123456789"), [], [], [])
-    p = torch.full((3, 10), 0.1)
-    p[:, 0] = 0.2
-    names = ["grad-cam", "input-x-gradient"]
-    columns = explain.make_columns(model, names, ["predicted"], examples, p)
-    assert [column["signed"] for column in columns] == [False, True]
-    assert columns[1]["colors"] == ["firebrick", "green", "black"]  # wrong, right, unknown
-
-
-def test_constant_map_is_scaled_to_zero():
-    assert figures.scaled(torch.full((2, 2), 3.0)).tolist() == [[0, 0], [0, 0]]
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    names = list("0123456789")
+    examples = Examples(Split.of(images, labels), labels, names, [], [], [])
+    columns = [
+        explain.Column("", "grad-cam", "predicted"),
+        explain.Column("", "grad-cam", "3", "predicted"),
+        explain.Column("", "input-x-gradient", "predicted"),
+    ]
+    p = explain.compute_columns(model, columns, examples, -1)
+    top = p.topk(2, dim=1).indices
+    for i, (label, best) in enumerate(zip(labels, top[:, 0], strict=True)):
+        color = "black" if label < 0 else "green" if label == best else "firebrick"
+        assert columns[0].colors[i] == color
+        assert columns[0].titles[i] == f"says {best} ({p[i, best]:.0%})"
+        rival = top[i, 1] if best == 3 else best
+        assert columns[1].titles[i].startswith("3 (") and f", not {rival} (" in columns[1].titles[i]
+    run = attribution.forward_pass(model.network, next(iter(model.batches(examples.split)))[0])
+    rows, rival = torch.arange(3), torch.where(top[:, 0] == 3, top[:, 1], top[:, 0])
+    every = attribution.class_maps(run)
+    torch.testing.assert_close(
+        columns[1].maps, every[:, 3] - every[rows, rival], rtol=1e-3, atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------- the script
@@ -231,11 +137,14 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("digits-cnn: ") == out.count("digits-vit: ") == 3
     figure = tmp_path / "digits-cnn+digits-vit_explanations-any.png"
-    assert Image.open(figure).width > 1500
-    assert {p.name for p in tmp_path.glob("*attention*")} == {
+    assert 1000 < Image.open(figure).width < 1700
+    assert {p.name for p in tmp_path.glob("digits-vit_*")} == {
         "digits-vit_attention-layers-any.png",
         "digits-vit_attention-heads-any.png",
+        "digits-vit_attention-statistics-any.png",
+        "digits-vit_positions.png",
     }
+    assert re.search(r"rank correlation of .*, mean \(images\): [+-]0\.\d\d where ", out)
     maps = np.load(tmp_path / "digits-cnn+digits-vit_maps-any.npz")
     assert maps["labels"].shape == maps["indices"].shape == (3,)
     assert maps["predictions"].shape == (2, 3)
@@ -248,9 +157,45 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     mean, std = (255 * torch.tensor(checkpoint[key]).view(3, 1, 1) for key in ("mean", "std"))
     x = (images - mean) / std
     assert model(x).argmax(1).tolist() == maps["predictions"][0].tolist()
-    seven = attribution.grad_cam(model, x, torch.full((3,), 7))
-    np.testing.assert_allclose(maps["digits-cnn_grad-cam_7"], seven, rtol=1e-5)
-    assert maps["digits-vit_rollout"].shape == (3, 4, 4)
+    seven = attribution.attribute(model, x, torch.full((3,), 7))
+    np.testing.assert_allclose(maps["digits-cnn_grad-cam_7"], seven, rtol=1e-4, atol=1e-6)
+    assert maps["digits-vit_attention"].shape == (3, 4, 4)
+
+
+def test_why_one_class_and_not_another(trained, tmp_path):
+    argv = [
+        str(trained["cnn"]),
+        "--count",
+        "2",
+        "--save-maps",
+        "--no-figures",
+        "--out-dir",
+        str(tmp_path),
+    ]
+    explain.main([*argv, "--target", "all", "--layer", "2"])
+    every = np.load(tmp_path / "digits-cnn_maps-any.npz")
+    assert len([key for key in every if "grad-cam" in key]) == 10
+    explain.main([*argv, "--target", "3", "--versus", "8", "--layer", "1"])
+    first = np.load(tmp_path / "digits-cnn_maps-any.npz")
+    assert first["digits-cnn_grad-cam_3-versus-8"].shape == (2, 16, 16)
+    explain.main([*argv, "--target", "3", "--versus", "8"])
+    maps = np.load(tmp_path / "digits-cnn_maps-any.npz")["digits-cnn_grad-cam_3-versus-8"]
+    expected = every["digits-cnn_grad-cam_3"] - every["digits-cnn_grad-cam_8"]
+    np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-6)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_wrong_images_show_predicted_true_and_their_difference(trained, tmp_path, capsys):
+    argv = [str(trained["vit"]), "--show", "wrong", "--count", "3", "--save-maps"]
+    explain.main([*argv, "--out-dir", str(tmp_path)])
+    maps = np.load(tmp_path / "digits-vit_maps-wrong.npz")
+    a, b, difference = (maps[f"digits-vit_grad-cam_{target}"]
+                        for target in ("predicted", "true", "predicted-versus-true"))  # fmt: skip
+    np.testing.assert_allclose(difference, a - b, rtol=1e-3, atol=1e-6)
+    explain.main([str(trained["cnn"]), "--show", "correct", "--target", "predicted", "true",
+                  "--out-dir", str(tmp_path)])  # fmt: skip
+    said = "digits-cnn_grad-cam_true: the same maps as digits-cnn_grad-cam_predicted"
+    assert said in capsys.readouterr().out
 
 
 def test_classes_match_by_name_not_by_place(trained, tmp_path):
@@ -267,7 +212,7 @@ def test_classes_match_by_name_not_by_place(trained, tmp_path):
     assert (maps["predictions"][0] == maps["predictions"][1]).all()
     for target in ("predicted", "3"):
         a, b = (maps[f"{name}_grad-cam_{target}"] for name in ("digits-cnn", "shuffled"))
-        assert a.max() > 0
+        assert abs(a).max() > 0
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -295,7 +240,7 @@ def test_users_own_images(trained, photos, tmp_path, capsys):
     assert "grey photo.png  digits-cnn: " in out and "03.png  digits-vit: " in out
     assert Image.open(out_dir / "grey photo_digits-cnn_grad-cam_predicted.png").size == (200, 200)
     assert (out_dir / "digits-cnn+digits-vit_explanations-images.png").exists()
-    assert (out_dir / "03_digits-vit_rollout.png").exists()
+    assert (out_dir / "03_digits-vit_attention.png").exists()
 
 
 def test_images_have_no_true_class(trained, photos, tmp_path, fails):
@@ -305,11 +250,11 @@ def test_images_have_no_true_class(trained, photos, tmp_path, fails):
 
 
 def test_more_images_than_a_figure_shows(trained, tmp_path, capsys, monkeypatch):
-    assert explain.LARGEST_FIGURE[0] == 32
-    monkeypatch.setattr(explain, "LARGEST_FIGURE", (4, 12))
+    assert explain.MOST_PICTURES == 32
+    monkeypatch.setattr(explain, "MOST_PICTURES", 4)
     explain.main([str(trained["vit"]), "--count", "5", "--save-maps", "--out-dir", str(tmp_path)])
     assert "the figures show the first 4 of 5 images" in capsys.readouterr().out
-    assert np.load(tmp_path / "digits-vit_maps-any.npz")["digits-vit_rollout"].shape == (5, 4, 4)
+    assert np.load(tmp_path / "digits-vit_maps-any.npz")["digits-vit_attention"].shape == (5, 4, 4)
     assert (tmp_path / "digits-vit_attention-heads-any.png").exists()
 
 
@@ -329,11 +274,34 @@ def test_same_names_and_dollars_are_kept_apart(trained, photos, tmp_path):
         (["--target", "dog"], "--target dog: the 10 classes are '0', '1'"),
         (["--images", "no-such.jpg"], "no-such.jpg"),
         (["--images", "README.md", "no-such.jpg", "--count", "3"], "--count is for test images"),
-        (["--method", "rollout", "--target", "3"], "--target is for grad-cam and"),
+        (["--method", "rollout", "--target", "3"], "--target is for grad-cam, "),
+        (["--method", "rollout", "--versus", "3"], "--versus is for grad-cam, "),
+        (
+            ["--method", "occlusion", "--layer", "1"],
+            "--layer is for grad-cam, layer-cam, attention",
+        ),
+        (["--method", "gradcam"], "invalid choice: 'gradcam'"),
+        (["--target", "3", "--versus", "3"], "--versus 3: that is the --target"),
+        (["--versus", "dog"], "--versus dog: the 10 classes are"),
+        (["--layer", "3"], "--layer 3: digits-cnn has 2 layers; use a lower one"),
         (["--count", "0"], "--count"),
-        (["--method", "rollout"], "--method rollout: digits-cnn does not offer what it needs"),
+        (["--method", "rollout"], "--method rollout: digits-cnn has no attention; use grad-cam, "),
         (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere"),
     ],
 )
 def test_bad_flags(trained, tmp_path, fails, argv, says):
     assert says in fails(explain.main, trained["cnn"], "--out-dir", tmp_path / "x", *argv)
+
+
+def test_a_map_of_one_cell_is_refused(tmp_path, fails):
+    """Five stages leave one cell of a 32×32 image: no map."""
+    tiny = ["--stem", "2", "--widths", *"22222", "--depths", *"00000", "--limit-batches", "1"]
+    train_cnn.main(
+        ["--dataset", "digits", "--epochs", "1", *tiny, "--out-dir", str(tmp_path / "run")]
+    )
+    argv = [tmp_path / "run" / "best.pt", "--count", "1", "--out-dir", tmp_path / "out"]
+    line = fails(explain.main, *argv, "--method", "grad-cam")
+    assert "--method grad-cam: run has a map of one cell there; use occlusion" in line
+    explain.main(list(map(str, [*argv, "--save-maps"])))
+    assert "run_occlusion_predicted" in np.load(tmp_path / "out" / "run_maps-any.npz")
+    explain.main(list(map(str, [*argv, "--method", "grad-cam", "--layer", "4"])))
