@@ -364,7 +364,7 @@ def overlays(examples: Examples, columns: list[Column]):
         name = f"{i + 1}-{stems[i]}" if repeated else stems[i]
         for column in columns:
             picture = figures.overlay(
-                photo, column.maps[i], SCALES[column.method.scale], column.norm
+                photo, column.maps[i], SCALES[column.method.scale], column.norm(i)
             )
             yield file_name(f"{name}_{column.key}", ".png"), Image.fromarray(picture)
 

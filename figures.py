@@ -193,7 +193,7 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
         scale, heat = SCALES[column.method.scale], column.maps[i]
         raw, smooth = panel(x, y), panel(x + PANEL + 0.05, y)
         norm = column.norm(i)
-        drawn = raw.imshow(heat, cmap=scale.colors, norm=norm, interpolation="nearest")
+        drawn = raw.imshow(heat.numpy(), cmap=scale.colors, norm=norm, interpolation="nearest")
         smooth.imshow(overlay(enlarged(pictures[i]), heat, scale, norm))
         raw.set_title(column.titles[i], fontsize=9, color=column.colors[i], x=1.03)
         _color_bar(drawn, cax=panel(x + 2 * PANEL + 0.1, y, 0.07))
@@ -262,7 +262,7 @@ def _plot_attention(pictures, names, maps, beside, above, title: str) -> Figure:
         axes.set_axis_off()
     for i, j in itertools.product(range(R), range(M)):
         axes = grid[i, 1 + j]
-        drawn = axes.imshow(maps[i, j], cmap=scale.colors, norm=norm)
+        drawn = axes.imshow(maps[i, j].numpy(), cmap=scale.colors, norm=norm)
         axes.set_title(above[j] if i == 0 else "", fontsize=10)
         axes.set_ylabel(beside[i] if j == 0 else "", fontsize=10)
     _color_bar(drawn, "times uniform", ax=grid, shrink=min(1, 3 / R))
@@ -283,7 +283,7 @@ def plot_head_statistics(
     panels = figure.subplots(1, 2)
     for axes, (name, values), even in zip(panels, quantities.items(), uniform, strict=True):
         most = max(even, values.max().item())
-        axes.imshow(values, cmap="Purples", vmin=0, vmax=most, aspect="auto")
+        axes.imshow(values.numpy(), cmap="Purples", vmin=0, vmax=most, aspect="auto")
         axes.set(xlabel="head", ylabel="layer")
         axes.set_title(f"{name} (uniform: {even:.1f})", fontsize=10)
         name_axis(axes.xaxis, [str(1 + head) for head in range(heads)])
@@ -301,7 +301,7 @@ def plot_positions(similarity: torch.Tensor, title: str) -> Figure:
     axes = figure.subplots()
     gaps = F.pad(similarity, (0, 1, 0, 1), value=torch.nan)  # between the small maps
     picture = gaps.permute(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
-    drawn = axes.imshow(picture, cmap="Purples", interpolation="nearest")
+    drawn = axes.imshow(picture.numpy(), cmap="Purples", interpolation="nearest")
     axes.set(xlabel="column of the patch", ylabel="row of the patch")
     axes.set_title(title, weight="bold", fontsize=11)
     for axis in (axes.xaxis, axes.yaxis):
