@@ -9,8 +9,7 @@ Prints each prediction and, of two networks, how similar their maps are. Writes 
     <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay
     <vit>_attention-layers-<...>.png    the class token's attention in each layer, mean of heads
     <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
-    <vit>_attention-statistics-<...>.png   how far each head looks, and at how many tokens
-    <vit>_positions.png             how similar the position embeddings are
+    <vit>_attention-statistics-<...>.png   how far each head looks, and how similar positions are
     <file>_<checkpoint>_<method>[_<target>].png   with --images: the overlay on the photograph,
                                     of which the networks see the middle square
 """
@@ -288,7 +287,7 @@ def print_agreement(columns: list[Column], predictions: dict[str, torch.Tensor],
     for a, b in itertools.combinations(predictions, 2):
         grids = [attribution.on_grid(first[name].maps) for name in (a, b)]
         rho = attribution.rank_correlation(*grids)
-        right = sum((predictions[name] == labels).int() for name in (a, b))
+        right = sum((predictions[name] == labels).int() for name in (a, b)).numpy()
         groups = {"": right >= 0}
         if (labels >= 0).all():
             names = (" where none is right", " where one is right", " where both are right")
@@ -330,28 +329,27 @@ def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str
         maps.append(attribution.class_token_maps(attention).cpu())
         statistics.append(torch.stack(attribution.attention_statistics(this), dim=1).cpu())
     maps, (distance, entropy) = torch.cat(maps), torch.cat(statistics).mean(0)
-    tokens, model_name = attention.shape[-1], shorten([model.name], 40)[0]
-    distances = attribution.patch_distances(tokens - 1, images.shape[-1])
-    title = f"{model_name}: the class token's attention"
-    count = f"{len(maps)} image{'s' * (len(maps) > 1)}"
-    found = {
-        f"attention-layers-{kind}": figures.plot_layers(
-            pictures, names, maps.mean(2), f"{title}, mean of the heads"
-        ),
-        f"attention-heads-{kind}": figures.plot_layers_and_heads(
-            pictures[0], names[0], maps[0], f"{title}"
-        ),
-        f"attention-statistics-{kind}": figures.plot_head_statistics(
-            distance, entropy, (distances.mean().item(), np.log(tokens)),
-            f"{model_name}: attention of all tokens, mean of {count}",
-        ),
-    }  # fmt: skip
-    positions = getattr(model.network, "positions", None)
+    tokens, name = attention.shape[-1], shorten([model.name], 40)[0]
+    far = attribution.patch_distances(tokens - 1, images.shape[-1]).mean().item()
+    tables = {
+        "attention distance, pixels": (distance, far),
+        "entropy, nats": (entropy, np.log(tokens)),
+    }
+    positions, similarity = getattr(model.network, "positions", None), None
     if torch.is_tensor(positions) and positions.ndim == 3 and positions.shape[1] == tokens:
         similarity = attribution.position_similarity(positions.detach().cpu())
-        title = f"{model_name}: position embeddings, each against all"
-        found["positions"] = figures.plot_positions(similarity, title)
-    return {file_name(f"{model.name}_{what}", ".png"): figure for what, figure in found.items()}
+    title = f"{name}: the class token's attention"
+    above = f"{name}: attention of all tokens, mean of {len(maps)} image{'s' * (len(maps) > 1)}"
+    found = {
+        "layers": figures.plot_layers(
+            pictures, names, maps.mean(2), f"{title}, mean of the heads"
+        ),
+        "heads": figures.plot_layers_and_heads(pictures[0], names[0], maps[0], title),
+        "statistics": figures.plot_statistics(tables, similarity, above),
+    }  # fmt: skip
+    return {
+        file_name(f"{model.name}_attention-{key}-{kind}", ".png"): f for key, f in found.items()
+    }
 
 
 def overlays(examples: Examples, columns: list[Column]):

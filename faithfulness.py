@@ -33,6 +33,7 @@ from attribution import (
     on_grid,
     rank_correlation,
 )
+from batches import batch_size_without_training
 from cli import (
     Parser,
     UserError,
@@ -112,14 +113,19 @@ class Hiding:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Probabilities (B,), on the CPU, with the cells `hidden` (B, n) hidden from each image."""
         shown = torch.ones(len(hidden), CELLS).scatter(1, hidden, 0.0).to(self.images.device)
-        if self.fill == "none":
-            keep = shown.argsort(dim=1, descending=True, stable=True)[:, : CELLS - hidden.shape[1]]
-            logits = self.model.forward_head(self.model.forward_features(self.images, keep=keep))
-        else:
-            shown = shown.view(-1, 1, SIDE, SIDE)
-            shown = F.interpolate(shown, self.images.shape[2:])  # nearest
-            logits = self.model(self.images * shown + self.filling * (1 - shown))
-        return logits.float().softmax(1).gather(1, self.goal[:, None])[:, 0].cpu()
+        size, found = batch_size_without_training(self.images.shape[-1]), []
+        for rows in torch.arange(len(hidden)).split(size):
+            images, part = self.images[rows], shown[rows]
+            if self.fill == "none":
+                count = CELLS - hidden.shape[1]
+                keep = part.argsort(dim=1, descending=True, stable=True)[:, :count]
+                features = self.model.forward_features(images, keep=keep)
+                logits = self.model.forward_head(features)
+            else:
+                part = F.interpolate(part.view(-1, 1, SIDE, SIDE), images.shape[2:])  # nearest
+                logits = self.model(images * part + self.filling[rows] * (1 - part))
+            found.append(logits.float().softmax(1).gather(1, self.goal[rows, None])[:, 0])
+        return torch.cat(found).cpu()
 
 
 def fills_for(model: TrainedModel) -> list[str]:
@@ -160,21 +166,22 @@ def saco(values: torch.Tensor, falls: torch.Tensor) -> torch.Tensor:
     return (sign * weight).sum(1) / weight.sum(1).clamp(min=1e-30)
 
 
-def score(maps: torch.Tensor, order: torch.Tensor, probability, chance=None) -> dict:
-    """Curves (B, 17) and scores (B,) of one method; in every score higher is better.
+def curves_of(order: torch.Tensor, probability: Hiding) -> dict[str, torch.Tensor]:
+    """Deletion and insertion (B, 17) in an order of cells (B, 64)."""
+    deletion, insertion = curve(order, probability), curve(order.flip(1), probability).flip(1)
+    return {"deletion": deletion, "insertion": insertion}
+
+
+def score(maps: torch.Tensor, order: torch.Tensor, probability: Hiding, chance: dict) -> dict:
+    """Scores (B,) of one method, and its curves; in every score higher is better.
 
     Args:
         maps: (B, 8, 8).
         order: its cells from the highest to the lowest, (B, 64).
-        probability: a `Hiding`.
-        chance: the same of random orders; scores are differences from it.
+        probability: of the class when cells are hidden.
+        chance: curves of random orders; the scores of curves are differences from their areas.
     """
-    curves = {
-        "deletion": curve(order, probability),
-        "insertion": curve(order.flip(1), probability).flip(1),
-    }
-    if chance is None:
-        return curves
+    curves = curves_of(order, probability)
     groups = order.split(STEP, dim=1)
     values = torch.stack([maps.flatten(1).gather(1, group).sum(1) for group in groups], dim=1)
     left = [curves["deletion"][:, 1], *map(probability, groups[1:])]  # without one group each
@@ -216,49 +223,28 @@ def measure(model: TrainedModel, split, methods: list[str]) -> tuple[dict, dict]
     Two methods with the same order of cells in every image are scored once.
     """
     generator = torch.Generator().manual_seed(0)
-    batches = model.batches(split)
-    controls = [control_maps(images, generator) for images, _ in batches]
+    images = torch.cat([images for images, _ in model.batches(split)])
     maps, goals = maps_of(model, model.network, split, methods)
-    maps |= {name: torch.cat([part[name] for part in controls]) for name in CONTROLS}
+    maps |= control_maps(images, generator)
     orders = {name: ranked(maps[name], torch.Generator().manual_seed(0)) for name in maps}
-    same = {}
-    for name in orders:
+    noise = torch.rand(REFERENCES, len(split), SIDE, SIDE, generator=generator)
+    references = [ranked(part, generator) for part in noise]
+    for name in list(orders):
         first = next(other for other in orders if torch.equal(orders[other], orders[name]))
         if first != name:
             print(f"{model.name}: {name} ranks all cells as {first} does; it is scored once")
-        same[name] = first
-    noise = torch.rand(REFERENCES, len(split), SIDE, SIDE, generator=generator)
-    references = [ranked(part, generator) for part in noise]
+            del orders[name]
     fills, scores = fills_for(model), {}
-    bar = tqdm(
-        total=len(fills) * len(batches) * len(maps), desc=model.name, leave=False, disable=None
-    )
-    for fill in fills:
-        parts = []
-        for (images, _), rows in zip(
-            batches, torch.arange(len(split)).split(batches.batch_size), strict=True
-        ):
-            hiding = Hiding(model.network, images, goals[rows], fill)
-            chances = [score(None, order[rows], hiding) for order in references]
-            chance = {key: sum(c[key] for c in chances) / REFERENCES for key in chances[0]}
-            part = {"chance": {"curves": chance}}
-            for name in maps:
-                if same[name] == name:
-                    part[name] = score(maps[name][rows], orders[name][rows], hiding, chance)
+    with tqdm(total=len(fills) * len(orders), desc=model.name, leave=False, disable=None) as bar:
+        for fill in fills:
+            hiding = Hiding(model.network, images, goals, fill)
+            curves = [curves_of(order, hiding) for order in references]
+            chance = {key: sum(c[key] for c in curves) / REFERENCES for key in curves[0]}
+            scores[fill] = {"chance": {"curves": chance}}
+            for name, order in orders.items():
+                scores[fill][name] = score(maps[name], order, hiding, chance)
                 bar.update()
-            parts.append(part)
-        scores[fill] = {name: joined([part[name] for part in parts]) for name in parts[0]}
-    bar.close()
     return scores, maps
-
-
-def joined(parts: list[dict]) -> dict:
-    """Dicts of tensors, or of such dicts, joined along the images."""
-    return {
-        key: joined([part[key] for part in parts]) if isinstance(parts[0][key], dict)
-        else torch.cat([part[key] for part in parts])
-        for key in parts[0]
-    }  # fmt: skip
 
 
 def interval(values: torch.Tensor) -> tuple[float, float, float]:

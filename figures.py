@@ -38,11 +38,7 @@ with without_backend():
     from matplotlib.ticker import MaxNLocator
 
 # What a figure of readable size holds.
-MOST_BARS, MOST_EXAMPLES, MOST_NAMES = (
-    25,
-    50,
-    100,
-)  # classes with numbers, with an image, on an axis
+MOST_BARS, MOST_EXAMPLES, MOST_NAMES = 25, 50, 100  # classes: with numbers, an image, a name
 MOST_LAYERS, MOST_HEADS = 24, 16  # of attention
 MOST_MATRICES, MOST_CURVES = 6, 10  # checkpoints; matplotlib has ten colours
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Hiragino Sans")
@@ -269,45 +265,37 @@ def _plot_attention(pictures, names, maps, beside, above, title: str) -> Figure:
     return figure
 
 
-def plot_head_statistics(
-    distance: torch.Tensor, entropy: torch.Tensor, uniform, title: str
-) -> Figure:
-    """Attention distance and entropy, each (L, heads), as numbers.
+def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -> Figure:
+    """Numbers of each attention head, and how similar position embeddings are.
 
-    uniform: distance and entropy of uniform attention, to compare with.
+    Args:
+        tables: {name: (values (L, heads), the value of uniform attention)}.
+        similarity: (h, w, h, w), drawn as a small map for each position; or None.
+        title: of the figure.
     """
-    L, heads = distance.shape
-    figure = Figure(figsize=(max(6.5, 1.2 * heads + 1), 0.35 * L + 1.6), layout="constrained")
+    count = len(tables) + (similarity is not None)
+    L, heads = next(iter(tables.values()))[0].shape
+    figure = Figure(figsize=(4.2 * count, max(3.6, 0.35 * L + 1.6)), layout="constrained")
     figure.suptitle(title, weight="bold", fontsize=11)
-    quantities = {"attention distance, pixels": distance, "entropy, nats": entropy}
-    panels = figure.subplots(1, 2)
-    for axes, (name, values), even in zip(panels, quantities.items(), uniform, strict=True):
-        most = max(even, values.max().item())
+    panels = figure.subplots(1, count)
+    for axes, (name, (values, uniform)) in zip(panels, tables.items(), strict=False):
+        most = max(uniform, values.max().item())
         axes.imshow(values.numpy(), cmap="Purples", vmin=0, vmax=most, aspect="auto")
         axes.set(xlabel="head", ylabel="layer")
-        axes.set_title(f"{name} (uniform: {even:.1f})", fontsize=10)
+        axes.set_title(f"{name} (uniform: {uniform:.1f})", fontsize=10)
         name_axis(axes.xaxis, [str(1 + head) for head in range(heads)])
         name_axis(axes.yaxis, [str(1 + l) for l in range(L)])
         for l, head in itertools.product(range(L), range(heads)) if heads <= MOST_HEADS else ():
             look = {"fontsize": 8, "color": "white" if values[l, head] > most / 2 else "black"}
             axes.text(head, l, f"{values[l, head]:.1f}", ha="center", va="center", **look)
-    return figure
-
-
-def plot_positions(similarity: torch.Tensor, title: str) -> Figure:
-    """Cosine similarities (h, w, h, w): a small map for each position, against all positions."""
-    side = len(similarity)
-    figure = Figure(figsize=(6.8, 6.2), layout="compressed")
-    axes = figure.subplots()
-    gaps = F.pad(similarity, (0, 1, 0, 1), value=torch.nan)  # between the small maps
-    picture = gaps.permute(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
-    drawn = axes.imshow(picture.numpy(), cmap="Purples", interpolation="nearest")
-    axes.set(xlabel="column of the patch", ylabel="row of the patch")
-    axes.set_title(title, weight="bold", fontsize=11)
-    for axis in (axes.xaxis, axes.yaxis):
-        middles = [number * (side + 1) + (side - 1) / 2 for number in range(side)]
-        axis.set_ticks(middles, [str(1 + number) for number in range(side)])
-    _color_bar(drawn, "cosine similarity", ax=axes, shrink=0.8)
+    if similarity is not None:
+        axes, side = panels[-1], len(similarity)
+        gaps = F.pad(similarity, (0, 1, 0, 1), value=torch.nan)  # between the small maps
+        picture = gaps.permute(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
+        drawn = axes.imshow(picture.numpy(), cmap="Purples", interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title("position embeddings, each against all", fontsize=10)
+        _color_bar(drawn, "cosine similarity", ax=axes)
     return figure
 
 

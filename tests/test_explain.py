@@ -142,7 +142,6 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
         "digits-vit_attention-layers-any.png",
         "digits-vit_attention-heads-any.png",
         "digits-vit_attention-statistics-any.png",
-        "digits-vit_positions.png",
     }
     assert re.search(r"rank correlation of .*, mean \(images\): [+-]0\.\d\d where ", out)
     maps = np.load(tmp_path / "digits-cnn+digits-vit_maps-any.npz")

@@ -8,7 +8,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 import attribution
 import faithfulness
-from faithfulness import CELLS, Hiding, area, curve, interval, ranked, saco, score
+from faithfulness import CELLS, Hiding, area, curve, curves_of, interval, ranked, saco, score
 from models import ViT
 from prepare import load_data_for, load_models
 
@@ -40,7 +40,7 @@ def test_deletion_and_insertion_of_three_patches_by_hand(three_patches):
     """Four cells are hidden at a time: all three are in the first four of the best order."""
     order = ranked(three_patches.view(1, 8, 8), generator())
     assert order[0, :3].tolist() == [10, 20, 30] and order[0].sort().values.equal(torch.arange(64))
-    found = score(None, order, Evidence(three_patches))
+    found = curves_of(order, Evidence(three_patches))
     assert found["deletion"][0].tolist() == pytest.approx([1] + [0] * 16, abs=1e-6)
     assert found["insertion"][0].tolist() == pytest.approx([0] + [1] * 16, abs=1e-6)
     assert area(found["deletion"]).item() == pytest.approx(1 / 32, abs=1e-6)
@@ -56,8 +56,7 @@ def test_deletion_and_insertion_of_three_patches_by_hand(three_patches):
 def test_scores_are_differences_from_chance(three_patches):
     weights = three_patches.expand(400, -1)
     noise = torch.rand(400, 8, 8, generator=generator())
-    order = ranked(noise, generator())
-    chance = score(None, ranked(torch.rand(400, 8, 8), generator()), Evidence(weights))
+    chance = curves_of(ranked(torch.rand(400, 8, 8), generator()), Evidence(weights))
     for maps, low, high in ((noise, -0.05, 0.05), (weights.view(-1, 8, 8), 0.4, 0.5)):
         order = ranked(maps, generator())
         found = score(maps, order, Evidence(weights), chance)
