@@ -282,8 +282,12 @@ def print_predictions(model: TrainedModel, examples: Examples, p: torch.Tensor) 
 
 
 def print_agreement(columns: list[Column], predictions: dict[str, torch.Tensor], labels) -> None:
-    """For each two models, the rank correlation of their first maps, by how many are right."""
-    first = {column.model: column for column in reversed(columns)}
+    """For each two models, the rank correlation of their maps, by how many are right.
+
+    Of each model its first map is compared, one of a class if there is any.
+    """
+    ordered = sorted(columns, key=lambda column: column.target is None)
+    first = {column.model: column for column in reversed(ordered)}
     for a, b in itertools.combinations(predictions, 2):
         grids = [attribution.on_grid(first[name].maps) for name in (a, b)]
         rho = attribution.rank_correlation(*grids)

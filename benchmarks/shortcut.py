@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torchvision
+from PIL import Image
 
 import faithfulness
 import train_cnn
@@ -65,7 +65,7 @@ def main(argv=None):
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                 target = root / "images" / part / str(label.item()) / f"{i:04}.png"
                 target.parent.mkdir(parents=True, exist_ok=True)
-                torchvision.io.write_png(image, str(target))
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(target)
         common = ["--dataset", "folder", "--data-dir", str(root / "images")]
         common += ["--no-flip", "--epochs", str(args.epochs), "--batch-size", "32"]
         for name, script in (("cnn", train_cnn), ("vit", train_vit)):

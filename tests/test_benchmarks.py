@@ -17,10 +17,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation
 import common
+import explain_cost
 import gpu
 import ingredients
 import make_jpeg_copy
 import seeds
+import shortcut
 import throughput
 import train_peer
 
@@ -32,7 +34,10 @@ from checkpoint import load_model
 from data import load_data
 
 CLASSES = ["bright", "dark"]  # of the fixture `photos`
-SCRIPTS = "ablation gpu make_jpeg_copy make_photos notebook seeds throughput train_peer".split()
+SCRIPTS = (
+    "ablation explain_cost gpu make_jpeg_copy make_photos notebook seeds shortcut throughput "
+    "train_peer"
+).split()
 PACKAGES = {"make_photos": "skimage", "notebook": "lightning"}
 
 
@@ -421,3 +426,34 @@ def test_make_jpeg_copy(tmp_path, monkeypatch):
     assert written == [
         "test/cat/0000.jpg", "train/cat/0000.jpg", "train/dog/0000.jpg", "train/dog/0001.jpg",
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- explanations
+
+
+def test_explain_cost(trained, capsys):
+    threads = torch.get_num_threads()
+    own = ["--cnn", str(trained["cnn"]), "--vit", str(trained["vit"])]
+    explain_cost.main([*own, "--rounds", "1"])
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    ratios = {tuple(filter(None, map(str.strip, row)))[:3]: row for row in rows}
+    assert "1.00" in " ".join(ratios["cnn", "64", "forward"])
+    for key in (("cnn", "1", "grad-cam, all classes"), ("vit", "64", "relevance")):
+        assert key in ratios
+    explain_cost.main([*own, "--calls", "10"])
+    assert capsys.readouterr().out.count("MiB after 10 calls") == 2
+    assert torch.get_num_threads() == threads
+
+
+def test_shortcut(capsys):
+    images = torch.randint(200, (20, 3, 32, 32), dtype=torch.uint8)
+    images = images[:, :1].repeat(1, 3, 1, 1)  # grey
+    labels, before = torch.arange(20) % 10, images.clone()
+    places = shortcut.plant(images, labels, torch.Generator().manual_seed(0))
+    assert torch.equal(images[labels > 0], before[labels > 0])
+    assert torch.equal(shortcut.find_squares(images[labels == 0]), places[labels == 0])
+    y, x = divmod(places[0].item(), 8)
+    assert (images[0, 0, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] == 255).all()
+    shortcut.main(["--epochs", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line[:3] in ("cnn", "vit")]
+    assert len(rows) == 4 + 7 and all(row.count("%") == 2 for row in rows)

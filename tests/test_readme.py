@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import evaluate
 import explain
+import faithfulness
 import training
 
 PAGES = ("README.md", "EXERCISES.md", "benchmarks/README.md", "pretrained/README.md")
@@ -58,6 +59,7 @@ def test_command(page, script, argv, monkeypatch):
         monkeypatch.setattr(module, "parse_flags", only_parse)
     monkeypatch.setattr(evaluate, "load_models", stop)
     monkeypatch.setattr(explain, "load_models", stop)
+    monkeypatch.setattr(faithfulness, "load_models", stop)
     if name == "checkpoint":
         monkeypatch.setattr(module, "load_model", stop)
     with pytest.raises(ParsedError):
@@ -66,7 +68,13 @@ def test_command(page, script, argv, monkeypatch):
 
 def test_there_are_commands():
     scripts = {script for _, script, _ in commands()}
-    assert {"train_cnn.py", "train_vit.py", "evaluate.py", "explain.py"} < scripts
+    assert {
+        "train_cnn.py",
+        "train_vit.py",
+        "evaluate.py",
+        "explain.py",
+        "faithfulness.py",
+    } < scripts
     assert len(list(commands())) > 25
 
 
