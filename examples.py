@@ -1,4 +1,4 @@
-"""The images to explain: some of a test split, or photographs."""
+"""The images to explain, of a test split or photographs, and columns of their maps."""
 
 import dataclasses
 import sys
@@ -6,15 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from attribution import METHODS, Method, class_maps, forward_pass
 from cli import UserError, printable, warn
 from data import Data, Split
+from figures import SCALES, shorten
 from folders import DARK, dark_remark, read_image
 from prepare import TrainedModel, expand_patterns, refuse_different
 
 MOST_PICTURES = 32  # that are kept to be drawn
+
+
+# ---------------------------------------------------------------- images
 
 
 @dataclasses.dataclass
@@ -110,3 +116,129 @@ def middle_square(photo: Image.Image, side: int) -> np.ndarray:
     """The middle of a photograph, scaled down to uint8 (side, side, 3), never up."""
     side = min(*photo.size, side)
     return np.asarray(ImageOps.fit(photo, (side, side), Image.Resampling.BICUBIC))
+
+
+# ---------------------------------------------------------------- maps
+
+
+@dataclasses.dataclass
+class Column:
+    """The maps of B images by one model and method for one target, and what is written on them."""
+
+    model: str
+    name: str  # of the method
+    target: str | None  # predicted, true, a class; None: the method is of no class
+    versus: str | None = None
+    maps: torch.Tensor | None = None  # (B, h, w)
+    titles: list[str] = dataclasses.field(default_factory=list)
+    colors: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def method(self) -> Method:
+        """The row of the table."""
+        return METHODS[self.name]
+
+    def norm(self, i: int):
+        """The scale of map i: that of all the maps, if their values can be compared.
+
+        Those without a unit, and of pixels, which differ too much, have a scale each.
+        """
+        comparable = self.method.unit and self.maps[0].numel() <= 256
+        return SCALES[self.method.scale].norm(self.maps if comparable else self.maps[i : i + 1])
+
+    @property
+    def key(self) -> str:
+        """For names of files and arrays."""
+        versus = f"-versus-{self.versus}" if self.versus else ""
+        return f"{self.model}_{self.name}" + (f"_{self.target}{versus}" if self.target else "")
+
+    @property
+    def header(self) -> str:
+        """Two lines above the maps."""
+        what = {None: "any class", "predicted": "predicted class", "true": "true class"}
+        versus = f", not {what.get(self.versus, self.versus)}" if self.versus else ""
+        of = shorten([what.get(self.target, self.target) + versus], 34)[0]
+        unit = f", {self.method.unit}" if self.method.unit else ""
+        return f"{shorten([self.model], 24)[0]}: {self.method.title}\n{of}{unit}"
+
+    def choose(self, p: torch.Tensor, labels: torch.Tensor, classes: list[str]):
+        """The classes (B,) to explain and, if `versus`, to compare with, else None. p (B, C).
+
+        Where the two are one class, the most probable other class is compared with.
+        """
+        meaning = {name: torch.full_like(labels, i) for i, name in enumerate(classes)}
+        meaning |= {None: p.argmax(1), "predicted": p.argmax(1), "true": labels}
+        goal = meaning[self.target]
+        if not self.versus:
+            return goal, None
+        next_best = p.scatter(1, goal[:, None], -1).argmax(1)
+        return goal, torch.where(meaning[self.versus] == goal, next_best, meaning[self.versus])
+
+    def write(self, p: torch.Tensor, labels, goal, rival, classes: list[str]) -> None:
+        """Write the class of each image and its probability, green if a prediction is right."""
+        says = "says " if self.target in (None, "predicted") else ""
+        for i, label in enumerate(labels):
+            title = f"{says}{classes[goal[i]]} ({p[i, goal[i]]:.0%})"
+            if rival is not None:
+                title = f"{title}, not {classes[rival[i]]} ({p[i, rival[i]]:.0%})"
+            color = "green" if goal[i] == label else "firebrick"
+            self.colors.append(color if says and label >= 0 else "black")
+            self.titles.append(title)
+
+
+def plan_columns(model: TrainedModel, methods: list[str], targets: list[tuple]) -> list[Column]:
+    """The columns of a model: one for each method and, if it is of a class, (target, versus)."""
+    return [
+        Column(model.name, name, *target)
+        for name in methods
+        for target in (targets if METHODS[name].takes_target else [(None, None)])
+    ]
+
+
+def compute_columns(model: TrainedModel, columns: list[Column], examples: Examples, layer: int):
+    """Fill in the columns; return probabilities (B, C) in the order of `examples.classes`.
+
+    All the methods share one forward pass of each batch.
+    """
+    outputs = model.output_indices(examples.classes)  # of the network, for each class
+    batches = model.batches(examples.split, explain=True)
+    short, graph = shorten(examples.classes), any(column.method.gradients for column in columns)
+    probabilities, maps = [], [[] for _ in columns]
+    for (images, _), labels in zip(
+        tqdm(batches, model.name, leave=False, disable=None),
+        examples.split.labels.split(batches.batch_size),
+        strict=True,
+    ):
+        this = forward_pass(model.network, images, graph=graph)
+        p = this.logits.detach().float().cpu()[:, outputs].softmax(1)
+        every = None
+        if len(columns) > len(short) and "map" in this.layers and layer == -1:
+            every = class_maps(this)
+        for column, parts in zip(columns, maps, strict=True):
+            goal, rival = column.choose(p, labels, examples.classes)
+            weights = F.one_hot(outputs[goal], len(short)).float()
+            if rival is not None:
+                weights = weights - F.one_hot(outputs[rival], len(short))
+            weights = weights.to(images.device)
+            if every is not None and column.name == "grad-cam":
+                heat = torch.einsum("bc,bchw->bhw", weights, every)
+            else:
+                heat = column.method.compute(this, weights, layer).detach()
+            parts.append(heat.cpu())
+            column.write(p, labels, goal, rival, short)
+        probabilities.append(p)
+    for column, parts in zip(columns, maps, strict=True):
+        column.maps = torch.cat(parts)
+    return torch.cat(probabilities)
+
+
+def without_repeats(columns: list[Column]) -> list[Column]:
+    """Columns whose maps differ: if every prediction is right, predicted and true are one."""
+    kept = []
+    for column in columns:
+        same = [k for k in kept if k.name == column.name and torch.equal(k.maps, column.maps)]
+        if same:
+            print(f"{column.key}: the same maps as {same[0].key}")
+        else:
+            kept.append(column)
+    return kept

@@ -15,20 +15,17 @@ Prints each prediction and, of two networks, how similar their maps are. Writes 
 """
 
 import argparse
-import dataclasses
 import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 import attribution
 import figures
-from attribution import METHODS, Method
+from attribution import METHODS
 from cli import (
     Parser,
     UserError,
@@ -48,8 +45,18 @@ from cli import (
     writing,
 )
 from data import Split
-from examples import MOST_PICTURES, Examples, choose_test_images, middle_square, read_photographs
-from figures import SCALES, shorten
+from examples import (
+    MOST_PICTURES,
+    Column,
+    Examples,
+    choose_test_images,
+    compute_columns,
+    middle_square,
+    plan_columns,
+    read_photographs,
+    without_repeats,
+)
+from figures import MOST_HEADS, MOST_LAYERS, SCALES, shorten
 from folders import read_image
 from prepare import TrainedModel, load_data_for, load_models
 
@@ -141,132 +148,6 @@ def choose_methods(models: list[TrainedModel], args) -> dict[str, list[str]]:
     return methods
 
 
-# ---------------------------------------------------------------- maps
-
-
-@dataclasses.dataclass
-class Column:
-    """The maps of B images by one model and method for one target, and what is written on them."""
-
-    model: str
-    name: str  # of the method
-    target: str | None  # predicted, true, a class; None: the method is of no class
-    versus: str | None = None
-    maps: torch.Tensor | None = None  # (B, h, w)
-    titles: list[str] = dataclasses.field(default_factory=list)
-    colors: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def method(self) -> Method:
-        """The row of the table."""
-        return METHODS[self.name]
-
-    def norm(self, i: int):
-        """The scale of map i: that of all the maps, unless the method's values have no unit."""
-        maps = self.maps if self.method.unit else self.maps[i : i + 1]
-        return SCALES[self.method.scale].norm(maps)
-
-    @property
-    def key(self) -> str:
-        """For names of files and arrays."""
-        versus = f"-versus-{self.versus}" if self.versus else ""
-        return f"{self.model}_{self.name}" + (f"_{self.target}{versus}" if self.target else "")
-
-    @property
-    def header(self) -> str:
-        """Two lines above the maps."""
-        what = {None: "any class", "predicted": "predicted class", "true": "true class"}
-        versus = f", not {what.get(self.versus, self.versus)}" if self.versus else ""
-        of = shorten([what.get(self.target, self.target) + versus], 34)[0]
-        unit = f", {self.method.unit}" if self.method.unit else ""
-        return f"{shorten([self.model], 24)[0]}: {self.method.title}\n{of}{unit}"
-
-    def choose(self, p: torch.Tensor, labels: torch.Tensor, classes: list[str]):
-        """The classes (B,) to explain and, if `versus`, to compare with, else None. p (B, C).
-
-        Where the two are one class, the most probable other class is compared with.
-        """
-        meaning = {name: torch.full_like(labels, i) for i, name in enumerate(classes)}
-        meaning |= {None: p.argmax(1), "predicted": p.argmax(1), "true": labels}
-        goal = meaning[self.target]
-        if not self.versus:
-            return goal, None
-        next_best = p.scatter(1, goal[:, None], -1).argmax(1)
-        return goal, torch.where(meaning[self.versus] == goal, next_best, meaning[self.versus])
-
-    def write(self, p: torch.Tensor, labels, goal, rival, classes: list[str]) -> None:
-        """Write the class of each image and its probability, green if a prediction is right."""
-        says = "says " if self.target in (None, "predicted") else ""
-        for i, label in enumerate(labels):
-            title = f"{says}{classes[goal[i]]} ({p[i, goal[i]]:.0%})"
-            if rival is not None:
-                title = f"{title}, not {classes[rival[i]]} ({p[i, rival[i]]:.0%})"
-            color = "green" if goal[i] == label else "firebrick"
-            self.colors.append(color if says and label >= 0 else "black")
-            self.titles.append(title)
-
-
-def plan_columns(model: TrainedModel, methods: list[str], args) -> list[Column]:
-    """The columns of a model: one for each method and, if it is of a class, each target."""
-    targets = [(target, args.versus) for target in args.target]
-    if args.contrast_wrong:
-        targets.append(("predicted", "true"))
-    return [
-        Column(model.name, name, *target)
-        for name in methods
-        for target in (targets if METHODS[name].takes_target else [(None, None)])
-    ]
-
-
-def compute_columns(model: TrainedModel, columns: list[Column], examples: Examples, layer: int):
-    """Fill in the columns; return probabilities (B, C) in the order of `examples.classes`.
-
-    All the methods share one forward pass of each batch.
-    """
-    outputs = model.output_indices(examples.classes)  # of the network, for each class
-    batches = model.batches(examples.split, explain=True)
-    short, graph = shorten(examples.classes), any(column.method.gradients for column in columns)
-    probabilities, maps = [], [[] for _ in columns]
-    for (images, _), labels in zip(
-        tqdm(batches, model.name, leave=False, disable=None),
-        examples.split.labels.split(batches.batch_size),
-        strict=True,
-    ):
-        this = attribution.forward_pass(model.network, images, graph=graph)
-        p = this.logits.detach().float().cpu()[:, outputs].softmax(1)
-        every = None
-        if len(columns) > len(short) and "map" in this.layers and layer == -1:
-            every = attribution.class_maps(this)
-        for column, parts in zip(columns, maps, strict=True):
-            goal, rival = column.choose(p, labels, examples.classes)
-            weights = F.one_hot(outputs[goal], len(short)).float()
-            if rival is not None:
-                weights = weights - F.one_hot(outputs[rival], len(short))
-            weights = weights.to(images.device)
-            if every is not None and column.name == "grad-cam":
-                heat = torch.einsum("bc,bchw->bhw", weights, every)
-            else:
-                heat = column.method.compute(this, weights, layer).detach()
-            parts.append(heat.cpu())
-            column.write(p, labels, goal, rival, short)
-        probabilities.append(p)
-    for column, parts in zip(columns, maps, strict=True):
-        column.maps = torch.cat(parts)
-    return torch.cat(probabilities)
-
-
-def without_repeats(columns: list[Column]) -> list[Column]:
-    """Columns whose maps differ: if every prediction is right, predicted and true are one."""
-    kept = []
-    for column in columns:
-        same = [k for k in kept if k.name == column.name and torch.equal(k.maps, column.maps)]
-        if same:
-            print(f"{column.key}: the same maps as {same[0].key}")
-        else:
-            kept.append(column)
-    return kept
-
-
 # ---------------------------------------------------------------- words and figures
 
 
@@ -288,7 +169,7 @@ def print_agreement(columns: list[Column], predictions: dict[str, torch.Tensor],
     """
     ordered = sorted(columns, key=lambda column: column.target is None)
     first = {column.model: column for column in reversed(ordered)}
-    for a, b in itertools.combinations(predictions, 2):
+    for a, b in itertools.combinations([name for name in predictions if name in first], 2):
         grids = [attribution.on_grid(first[name].maps) for name in (a, b)]
         rho = attribution.rank_correlation(*grids)
         right = sum((predictions[name] == labels).int() for name in (a, b)).numpy()
@@ -325,7 +206,10 @@ def draw(models: list[TrainedModel], examples: Examples, columns: list[Column], 
 
 
 def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str) -> dict:
-    """What only attention has: layers, heads, their statistics, and positions."""
+    """What only attention has: layers, heads, their statistics, and positions.
+
+    Of very many, the last layers and the first heads are drawn; means are of all heads.
+    """
     maps, statistics = [], []
     for images, _ in model.batches(drawn, explain=True):
         this = attribution.forward_pass(model.network, images, graph=False)
@@ -343,13 +227,20 @@ def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str
     if torch.is_tensor(positions) and positions.ndim == 3 and positions.shape[1] == tokens:
         similarity = attribution.position_similarity(positions.detach().cpu())
     title = f"{name}: the class token's attention"
-    above = f"{name}: attention of all tokens, mean of {len(maps)} image{'s' * (len(maps) > 1)}"
+    mean = f"{name}: attention of all tokens, mean of {len(maps)} image{'s' * (len(maps) > 1)}"
+    layers, heads = range(maps.shape[1])[-MOST_LAYERS:], range(maps.shape[2])[:MOST_HEADS]
+    maps, names_of_layers = maps[:, layers.start :], [f"layer {1 + l}" for l in layers]
+    of_heads = torch.cat([maps[0, :, : len(heads)], maps[0].mean(1, keepdim=True)], dim=1)
+    above = [*(f"head {1 + head}" for head in heads), "mean"]
     found = {
-        "layers": figures.plot_layers(
-            pictures, names, maps.mean(2), f"{title}, mean of the heads"
+        "layers": figures.plot_attention(
+            pictures, names, maps.mean(2), [""] * len(maps), names_of_layers,
+            f"{title}, mean of the heads",
         ),
-        "heads": figures.plot_layers_and_heads(pictures[0], names[0], maps[0], title),
-        "statistics": figures.plot_statistics(tables, similarity, above),
+        "heads": figures.plot_attention(
+            pictures[:1], names[:1], of_heads, names_of_layers, above, title
+        ),
+        "statistics": figures.plot_statistics(tables, similarity, mean),
     }  # fmt: skip
     return {
         file_name(f"{model.name}_attention-{key}-{kind}", ".png"): f for key, f in found.items()
@@ -392,8 +283,10 @@ def main(argv=None):
 
     # 3. Compute the maps: a column for each model, method and target.
     columns, predictions = [], {}
+    targets = [(target, args.versus) for target in args.target]
+    targets += [("predicted", "true")] * args.contrast_wrong
     for model in models:
-        own = plan_columns(model, methods[model.name], args)
+        own = plan_columns(model, methods[model.name], targets)
         p = compute_columns(model, own, examples, (args.layer or 0) - 1)
         print_predictions(model, examples, p)
         predictions[model.name] = p.argmax(1)

@@ -167,9 +167,9 @@ def saco(values: torch.Tensor, falls: torch.Tensor) -> torch.Tensor:
 
 
 def curves_of(order: torch.Tensor, probability: Hiding) -> dict[str, torch.Tensor]:
-    """Deletion and insertion (B, 17) in an order of cells (B, 64)."""
-    deletion, insertion = curve(order, probability), curve(order.flip(1), probability).flip(1)
-    return {"deletion": deletion, "insertion": insertion}
+    """Both curves (B, 17) for an order of cells (B, 64)."""
+    insertion = curve(order.flip(1), probability).flip(1)
+    return {"deletion": curve(order, probability), "insertion": insertion}
 
 
 def score(maps: torch.Tensor, order: torch.Tensor, probability: Hiding, chance: dict) -> dict:
@@ -264,13 +264,11 @@ def check_sanity(model: TrainedModel, split, maps: dict) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         random = build_model(model.checkpoint["model_name"], model.checkpoint["model_config"])
-    random = random.eval().to(next(model.network.parameters()).device)
-    methods = [name for name in maps if name in METHODS]
-    others, _ = maps_of(model, random, split, methods)
+    random.to(next(model.network.parameters()).device)
+    others, _ = maps_of(model, random, split, [name for name in maps if name in METHODS])
     others["edges"] = maps["edges"]  # of the images alone
-    return {
-        name: float(np.nanmean(abs(rank_correlation(maps[name], others[name])))) for name in others
-    }
+    rho = {name: rank_correlation(maps[name], other) for name, other in others.items()}
+    return {name: float(np.nanmean(abs(values))) for name, values in rho.items()}
 
 
 # ---------------------------------------------------------------- command line
@@ -290,22 +288,19 @@ def summarise(scores: dict) -> dict:
 def mean_curves(scores: dict) -> dict:
     """{fill: {method: {"deletion" or "insertion": 17 mean probabilities}}} of the same."""
     return {
-        fill: {
-            name: {kind: curve.mean(0).tolist() for kind, curve in values["curves"].items()}
-            for name, values in methods.items()
-        }
+        fill: {name: {kind: curve.mean(0).tolist() for kind, curve in values["curves"].items()}
+               for name, values in methods.items()}
         for fill, methods in scores.items()
-    }
+    }  # fmt: skip
 
 
 def print_scores(name: str, scores: dict, summary: dict) -> None:
-    """A table; in words what is best, and what is above neither chance nor a centred Gaussian."""
+    """A table; in words what is best, and what is not above chance or a centred Gaussian."""
     columns = [(kind, fill) for kind in ("deletion", "insertion", "SaCo") for fill in scores]
     rows = [[name, *(kind for kind, _ in columns)], ["filled with", *(fill for _, fill in columns)]]
     for method, numbers in summary.items():
         cells = [numbers[kind][fill] for kind, fill in columns]
-        half = [(cell["high"] - cell["low"]) / 2 for cell in cells]
-        texts = [f"{cell['mean']:+.2f} ±{h:.2f}" for cell, h in zip(cells, half, strict=True)]
+        texts = [f"{c['mean']:+.2f} ±{(c['high'] - c['low']) / 2:.2f}" for c in cells]
         rows.append([method, *texts])
     print(table(rows))
     for kind, fill in columns:
@@ -331,8 +326,7 @@ def print_sanity(name: str, correlations: dict[str, float]) -> None:
     """Lines of pass or fail. The edge detector must fail: it does not know the network."""
     print(f"{name}: rank correlation with the maps of a network of random weights, mean of |rho|")
     for method, rho in correlations.items():
-        passed = "pass" if rho < LARGEST_CORRELATION else "fail"
-        note = ""
+        passed, note = "pass" if rho < LARGEST_CORRELATION else "fail", ""
         if method == "edges":
             note = " (as it should: an edge detector knows no network)"
         elif not METHODS[method].takes_target:
@@ -360,37 +354,30 @@ def main(argv=None):
     # 2. Gather: the same random images for all models.
     data = load_data_for(models, args.dataset, args.data_dir, args.split)
     split = getattr(data, args.split)
-    if not len(split):
-        raise UserError(f"--split {args.split}: there are no such images; use the other split")
+    if len(split) < 2:
+        raise UserError(f"--split {args.split}: there are fewer than two images; use the other one")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     split = split.subset(order[: args.count])
-    print(f"{data.name}: {len(split)} of {len(order):,} {args.split} images")
-    if len(split) < 2:
-        raise UserError("two images are needed for an interval: give a larger --count")
+    note = f"; {data.note}" if data.note else ""
+    print(f"{data.name}: {len(split)} of {len(order):,} {args.split} images{note}")
 
-    # 3. Measure, print and draw, one network after the other.
-    results, figures = {}, {}
+    # 3. Measure, write and print, one network after the other.
+    results, file = {}, args.out_dir / "faithfulness.json"
+    found = {"images": len(split), "split": args.split, "data": data.name, "checkpoints": results}
     for model in models:
         scores, maps = measure(model, split, methods[model.name])
+        summary, curves = summarise(scores), mean_curves(scores)
         sanity = check_sanity(model, split, maps)
-        curves = mean_curves(scores)
-        results[model.path] = {
-            "scores": summarise(scores), "random_weights": sanity, "curves": curves
-        }  # fmt: skip
-        title = f"{model.name}, {len(split)} {args.split} images"
-        figures[file_name(f"{model.name}_faithfulness", ".png")] = plot_faithfulness(curves, title)
-        print_scores(model.name, scores, results[model.path]["scores"])
+        results[model.path] = {"scores": summary, "random_weights": sanity, "curves": curves}
+        with writing(file):
+            file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        picture = args.out_dir / file_name(f"{model.name}_faithfulness", ".png")
+        with writing(picture):
+            title = f"{model.name}, {len(split)} {args.split} images"
+            plot_faithfulness(curves, title).savefig(picture, dpi=110)
+        print_scores(model.name, scores, summary)
         print_sanity(model.name, sanity)
-
-    # 4. Write.
-    found = {"images": len(split), "split": args.split, "data": data.name, "checkpoints": results}
-    with writing(args.out_dir / "faithfulness.json"):
-        text = json.dumps(found, indent=2) + "\n"
-        (args.out_dir / "faithfulness.json").write_text(text, encoding="utf-8")
-    for name, figure in figures.items():
-        with writing(args.out_dir / name):
-            figure.savefig(args.out_dir / name, dpi=110)
-    print(f"written to {args.out_dir}: {', '.join(['faithfulness.json', *figures])}")
+        print(f"written to {args.out_dir}: {file.name}, {picture.name}")
 
 
 def parse_arguments(argv) -> argparse.Namespace:

@@ -92,11 +92,7 @@ class Scale:
     says: str  # what the colours mean
 
     def norm(self, maps: torch.Tensor):
-        """From values to 0 ... 1; maps that share it can be compared.
-
-        It ends at the largest value; of maps of pixels, whose largest ones are few, at the 99th
-        percentile.
-        """
+        """From values to 0 ... 1, up to the largest; of pixels up to the 99th percentile."""
         top = float(maps.abs().max() if maps[0].numel() <= 256 else np.quantile(maps.abs(), 0.99))
         if self is SCALES["uniform"]:
             top = max(top, 2.0)  # so that nearly uniform attention is pale
@@ -110,25 +106,26 @@ class Scale:
         return abs(2 * shares - 1) if self is SCALES["signed"] else (2 * shares - 1).clip(0)
 
 
+ATTENTION_COLORS = LinearSegmentedColormap.from_list(
+    "attention", [(0, "#bcbddc"), (0.5, "#f7f7f7"), (0.75, "#fdb863"), (1, "#7f3b08")]
+)
 SCALES = {
     "signed": Scale(
         matplotlib.colormaps["RdBu_r"], "Red raises the score that is explained, blue lowers it."
     ),
     "uniform": Scale(
-        LinearSegmentedColormap.from_list(
-            "attention", [(0, "#bcbddc"), (0.5, "#f7f7f7"), (0.75, "#fdb863"), (1, "#7f3b08")]
-        ),
+        ATTENTION_COLORS,
         "Attention: orange is more than uniform (1), pale purple less, on a logarithmic scale. It "
         "shows where information is mixed, not why a class was chosen.",
     ),
     "positive": Scale(matplotlib.colormaps["Oranges"], "Relevance: the darker, the more."),
 }
-CAVEAT = (
+NOTE = (
     "A map shows what the network's score depends on. It does not show that the network is right, "
     "or where a person would look."
 )
-TITLES = "Titles are green where the prediction is right, red where it is wrong."
-PANEL, BAR = 1.5, 0.7  # inches
+JUDGED = " Titles are green where the prediction is right, red where it is wrong."
+PANEL, BAR = 1.5, 0.8  # inches
 MAPS_PER_LINE, LINES_PER_FIGURE = 3, 10
 
 
@@ -141,20 +138,11 @@ def overlay(image: np.ndarray, heat: torch.Tensor, scale: Scale, norm) -> np.nda
     return ((1 - weight) * grey + weight * colors).round().astype(np.uint8)
 
 
-def enlarged(picture: np.ndarray) -> np.ndarray:
-    """A small picture with larger pixels, so that a smooth map over it is smooth."""
-    factor = -(-256 // min(picture.shape[:2]))  # rounded up
-    return picture.repeat(factor, 0).repeat(factor, 1)
-
-
 def plot_explanations(pictures, inputs, names: list[str], columns: list) -> list[Figure]:
     """The picture, then every map as a raw grid and as an overlay, in figures of some images each.
 
-    Args:
-        pictures: uint8 (H, W, 3) each.
-        inputs: what the networks saw, if the pictures are larger photographs; else None.
-        names: above the pictures.
-        columns: of maps, as `explain.Column`.
+    pictures: uint8 (H, W, 3); inputs: what the networks saw, if pictures are larger photographs,
+    else None; names: above the pictures; columns: of maps, as `examples.Column`.
     """
     count = -(-len(columns) // MAPS_PER_LINE)  # rounded up
     lines = [[columns[j] for j in part] for part in np.array_split(range(len(columns)), count)]
@@ -174,7 +162,7 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
     columns = list(itertools.chain(*lines))
     says = list(dict.fromkeys(SCALES[column.method.scale].says for column in columns))
     known = any(color != "black" for column in columns for color in column.colors)
-    note = textwrap.fill(" ".join([*says, CAVEAT, *[TITLES] * known]), int(14.5 * width))
+    note = textwrap.fill(" ".join([*says, NOTE]) + JUDGED * known, int(14.5 * width))
     header, title, foot = 0.5, 0.25, 0.16 * (note.count("\n") + 1) + 0.15
     line_height = title + PANEL + 0.1 + header * repeated
     height = header * (not repeated) + line_height * len(lines) * len(rows) + foot
@@ -190,7 +178,9 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
         raw, smooth = panel(x, y), panel(x + PANEL + 0.05, y)
         norm = column.norm(i)
         drawn = raw.imshow(heat.numpy(), cmap=scale.colors, norm=norm, interpolation="nearest")
-        smooth.imshow(overlay(enlarged(pictures[i]), heat, scale, norm))
+        factor = -(-256 // min(pictures[i].shape[:2]))  # larger pixels, under a smooth map
+        large = pictures[i].repeat(factor, 0).repeat(factor, 1)
+        smooth.imshow(overlay(large, heat, scale, norm))
         raw.set_title(column.titles[i], fontsize=9, color=column.colors[i], x=1.03)
         _color_bar(drawn, cax=panel(x + 2 * PANEL + 0.1, y, 0.07))
         if repeated or i == rows[0]:
@@ -214,50 +204,31 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
 def _color_bar(drawn, label: str = "", **place) -> None:
     """A bar with the two ends of a scale and, between them, its neutral value."""
     low, high = drawn.norm.vmin, drawn.norm.vmax
-    middle = [0.0] if low < 0 else [1.0] if 0 < low < 1 < high else []
-    ticks = [low, *middle, high]
+    ticks = [low, *([0.0] if low < 0 else [1.0] if 0 < low < 1 < high else []), high]
     bar = drawn.figure.colorbar(drawn, **place)
     bar.ax.minorticks_off()
     bar.set_ticks(ticks, labels=[f"{tick:.2g}".replace("-", "−") for tick in ticks], fontsize=8)
     bar.set_label(label, fontsize=9)
 
 
-def plot_layers(pictures, names: list[str], attention: torch.Tensor, title: str) -> Figure:
-    """A row per image, a column per layer: attention maps (B, L, h, w); of many, the last."""
-    layers = range(attention.shape[1])[-MOST_LAYERS:]
-    above = [f"layer {1 + l}" for l in layers]
-    maps = attention[:, layers.start :]
-    return _plot_attention(pictures, names, maps, [""] * len(maps), above, title)
+def plot_attention(pictures, names, maps, beside, above, title: str) -> Figure:
+    """A grid of attention maps (R, M, h, w) with one scale; pictures left of the first rows.
 
-
-def plot_layers_and_heads(picture, name: str, attention: torch.Tensor, title: str) -> Figure:
-    """One image; a row per layer, a column per head: attention maps (L, heads, h, w).
-
-    Of very many, the last layers and the first heads are drawn; the mean is of all heads.
+    beside: what is written left of each row of maps; above: above each column.
     """
-    layers, heads = range(len(attention))[-MOST_LAYERS:], range(attention.shape[1])[:MOST_HEADS]
-    maps = torch.cat([attention[:, : len(heads)], attention.mean(1, keepdim=True)], dim=1)
-    above = [*(f"head {1 + head}" for head in heads), "mean"]
-    beside = [f"layer {1 + l}" for l in layers]
-    return _plot_attention([picture], [name], maps[layers.start :], beside, above, title)
-
-
-def _plot_attention(pictures, names, maps, beside, above, title: str) -> Figure:
-    """A grid of attention maps (R, M, h, w) with one scale; pictures left of the first rows."""
     (R, M), scale = maps.shape[:2], SCALES["uniform"]
     figure = Figure(figsize=(1.6 * (M + 1) + 0.8, 1.6 * R + 0.8), layout="compressed")
     figure.suptitle(title, weight="bold", fontsize=11)
-    figure.supxlabel(textwrap.fill(scale.says, 21 * (M + 1)), fontsize=9)
+    figure.supxlabel(textwrap.fill(scale.says, 23 * (M + 1)), fontsize=9)
     grid, norm = figure.subplots(R, M + 1, squeeze=False), scale.norm(maps.flatten(0, 1))
-    for axes in grid.ravel():
-        axes.set(xticks=[], yticks=[])
+    for axes in grid[:, 0]:
+        axes.set_axis_off()
     for axes, picture, name in zip(grid[:, 0], pictures, names, strict=False):
         axes.imshow(picture, interpolation="nearest")
         axes.set_title(name, fontsize=10)
-    for axes in grid[len(pictures) :, 0]:
-        axes.set_axis_off()
     for i, j in itertools.product(range(R), range(M)):
         axes = grid[i, 1 + j]
+        axes.set(xticks=[], yticks=[])
         drawn = axes.imshow(maps[i, j].numpy(), cmap=scale.colors, norm=norm)
         axes.set_title(above[j] if i == 0 else "", fontsize=10)
         axes.set_ylabel(beside[i] if j == 0 else "", fontsize=10)
@@ -268,10 +239,8 @@ def _plot_attention(pictures, names, maps, beside, above, title: str) -> Figure:
 def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -> Figure:
     """Numbers of each attention head, and how similar position embeddings are.
 
-    Args:
-        tables: {name: (values (L, heads), the value of uniform attention)}.
-        similarity: (h, w, h, w), drawn as a small map for each position; or None.
-        title: of the figure.
+    tables: {name: (values (L, heads), the value of uniform attention)}; similarity (h, w, h, w):
+    drawn as a small map for each position.
     """
     count = len(tables) + (similarity is not None)
     L, heads = next(iter(tables.values()))[0].shape
@@ -308,11 +277,10 @@ def plot_faithfulness(curves: dict, title: str) -> Figure:
         for axes, kind in zip(row, ("deletion", "insertion"), strict=True):
             for number, (name, values) in enumerate(methods.items()):
                 x = np.linspace(0, 100, len(values[kind]))
-                look = {"color": f"C{number - 1}", "linewidth": 1.5}
+                style = ":" if name in ("random", "center", "edges") else "-"
+                look = {"color": f"C{number - 1}", "linestyle": style}
                 if name == "chance":
                     look = {"color": "0.8", "linewidth": 6}
-                elif name in ("random", "center", "edges"):
-                    look["linestyle"] = ":"
                 axes.plot(x, values[kind], label=name, **look)
             axes.grid(alpha=0.3)
             axes.set_title(f"{kind}, fill: {fill}", fontsize=10)

@@ -12,7 +12,7 @@ import figures
 import train_vit
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import Split
-from examples import Examples, read_photographs
+from examples import Column, Examples, compute_columns, read_photographs
 from prepare import load_models
 
 
@@ -57,7 +57,7 @@ def test_overlay_leaves_the_neutral_photograph_grey():
 
 
 def columns_of(count, images):
-    column = explain.Column("cnn", "grad-cam", "predicted")
+    column = Column("cnn", "grad-cam", "predicted")
     column.maps = torch.rand(images, 8, 8) - 0.5
     column.titles, column.colors = ["says x (90%)"] * images, ["green"] * images
     return [column] * count
@@ -90,15 +90,19 @@ def test_figures_are_of_readable_size(maps, images, pages, photographs):
     assert "Red raises" in texts and "green where the prediction is right" in texts
 
 
-def test_the_last_panel_of_the_heads_is_their_mean():
-    attention = 3 * torch.rand(2, 3, 4, 4)
+def test_attention_has_one_scale_in_every_panel():
+    maps = 3 * torch.rand(2, 3, 4, 4)
     picture = np.zeros((8, 8, 3), dtype=np.uint8)
-    figure = figures.plot_layers_and_heads(picture, "", attention, "")
-    for layer in range(2):
-        panels = figure.axes[5 * layer : 5 * layer + 5]  # picture or nothing, heads, mean
-        shown = panels[4].images[0].get_array()
-        np.testing.assert_allclose(shown, attention[layer].mean(0), atol=1e-6)
-        np.testing.assert_allclose(panels[2].images[0].get_array(), attention[layer, 1], atol=1e-6)
+    figure = figures.plot_attention([picture], ["x"], maps, ["layer 1", "layer 2"], list("abc"), "")
+    for i in range(2):
+        panels = figure.axes[4 * i : 4 * i + 4]  # picture or nothing, maps
+        for j in range(3):
+            (image,) = panels[1 + j].images
+            np.testing.assert_allclose(image.get_array(), maps[i, j], atol=1e-6)
+            assert (image.norm.vmin, image.norm.vmax) == pytest.approx(
+                (1 / maps.max().item(), maps.max().item())
+            )
+        assert panels[1].get_ylabel() == f"layer {i + 1}"
 
 
 def test_columns_know_their_classes_and_who_is_right(trained):
@@ -108,11 +112,11 @@ def test_columns_know_their_classes_and_who_is_right(trained):
     names = list("0123456789")
     examples = Examples(Split.of(images, labels), labels, names, [], [], [])
     columns = [
-        explain.Column("", "grad-cam", "predicted"),
-        explain.Column("", "grad-cam", "3", "predicted"),
-        explain.Column("", "input-x-gradient", "predicted"),
+        Column("", "grad-cam", "predicted"),
+        Column("", "grad-cam", "3", "predicted"),
+        Column("", "input-x-gradient", "predicted"),
     ]
-    p = explain.compute_columns(model, columns, examples, -1)
+    p = compute_columns(model, columns, examples, -1)
     top = p.topk(2, dim=1).indices
     for i, (label, best) in enumerate(zip(labels, top[:, 0], strict=True)):
         color = "black" if label < 0 else "green" if label == best else "firebrick"
@@ -240,6 +244,14 @@ def test_users_own_images(trained, photos, tmp_path, capsys):
     assert Image.open(out_dir / "grey photo_digits-cnn_grad-cam_predicted.png").size == (200, 200)
     assert (out_dir / "digits-cnn+digits-vit_explanations-images.png").exists()
     assert (out_dir / "03_digits-vit_attention.png").exists()
+
+
+def test_a_method_that_one_of_two_networks_has(trained, tmp_path, capsys):
+    argv = [*map(str, trained.values()), "--method", "rollout", "--count", "1", "--save-maps"]
+    explain.main([*argv, "--out-dir", str(tmp_path)])
+    assert "rank correlation" not in capsys.readouterr().out
+    maps = np.load(tmp_path / "digits-cnn+digits-vit_maps-any.npz")
+    assert [key for key in maps if "digits" in key] == ["digits-vit_rollout"]
 
 
 def test_images_have_no_true_class(trained, photos, tmp_path, fails):
