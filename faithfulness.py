@@ -318,7 +318,7 @@ def print_scores(name: str, scores: dict, summary: dict) -> None:
 
 
 def above(one: torch.Tensor, other) -> bool:
-    """Whether scores are higher in the mean than others of the same images, (n,) each."""
+    """Whether scores (n,) are higher in the mean than others of the same images."""
     return interval(one - other)[1] > 0
 
 

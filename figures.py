@@ -178,8 +178,8 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
         raw, smooth = panel(x, y), panel(x + PANEL + 0.05, y)
         norm = column.norm(i)
         drawn = raw.imshow(heat.numpy(), cmap=scale.colors, norm=norm, interpolation="nearest")
-        factor = -(-256 // min(pictures[i].shape[:2]))  # larger pixels, under a smooth map
-        large = pictures[i].repeat(factor, 0).repeat(factor, 1)
+        times = -(-256 // min(pictures[i].shape[:2]))  # larger pixels, under a smooth map
+        large = pictures[i].repeat(times, 0).repeat(times, 1)
         smooth.imshow(overlay(large, heat, scale, norm))
         raw.set_title(column.titles[i], fontsize=9, color=column.colors[i], x=1.03)
         _color_bar(drawn, cax=panel(x + 2 * PANEL + 0.1, y, 0.07))
@@ -276,12 +276,11 @@ def plot_faithfulness(curves: dict, title: str) -> Figure:
     for row, (fill, methods) in zip(grid, curves.items(), strict=True):
         for axes, kind in zip(row, ("deletion", "insertion"), strict=True):
             for number, (name, values) in enumerate(methods.items()):
-                x = np.linspace(0, 100, len(values[kind]))
                 style = ":" if name in ("random", "center", "edges") else "-"
                 look = {"color": f"C{number - 1}", "linestyle": style}
                 if name == "chance":
                     look = {"color": "0.8", "linewidth": 6}
-                axes.plot(x, values[kind], label=name, **look)
+                axes.plot(np.linspace(0, 100, len(values[kind])), values[kind], label=name, **look)
             axes.grid(alpha=0.3)
             axes.set_title(f"{kind}, fill: {fill}", fontsize=10)
     grid[0, 0].set_ylim(0, 1)
