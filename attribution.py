@@ -147,9 +147,10 @@ def class_maps(run: ForwardPass) -> torch.Tensor | None:
     """
     A = run.layers["map"][-1]
     K, h, w = A.shape[1:]
-    units = torch.eye(K, device=A.device)[:, :, None, None]
-    bias = run.model.forward_head(torch.zeros_like(units[:1]))  # (1, C)
-    W = run.model.forward_head(units) - bias  # (K, C)
+    units = torch.eye(K, device=A.device)[:, :, None, None].expand(K, K, h, w)
+    with undisturbed(run.model):
+        bias = run.model.forward_head(torch.zeros_like(units[:1]))  # (1, C)
+        W = run.model.forward_head(units) - bias  # (K, C)
     maps = torch.einsum("kc,bkhw->bchw", W, A) / (h * w)
     exact = torch.allclose(maps.sum((2, 3)) + bias, run.logits, rtol=1e-3, atol=1e-3)
     return maps if exact else None

@@ -138,7 +138,7 @@ def batch_size_without_training(image_size: int, *, explain: bool = False) -> in
     relevance takes a fifth less time in batches of 32 than of 64.)
     """
     ratio = (32 / image_size) ** 2
-    return max(1, int(32 * ratio**2 if explain else 500 * ratio))
+    return max(1, int(min(32, 250 * ratio**2) if explain else 500 * ratio))
 
 
 @torch.inference_mode()

@@ -121,7 +121,7 @@ def middle_square(photo: Image.Image, side: int) -> np.ndarray:
 # ---------------------------------------------------------------- maps
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Column:
     """The maps of B images by one model and method for one target, and what is written on them."""
 
@@ -129,6 +129,8 @@ class Column:
     name: str  # of the method
     target: str | None  # predicted, true, a class; None: the method is of no class
     versus: str | None = None
+    layer: int | None = None  # from 1; None: the last, or the method has no choice
+    runner_up: bool = False  # whether some image is compared with its next best class
     maps: torch.Tensor | None = None  # (B, h, w)
     titles: list[str] = dataclasses.field(default_factory=list)
     colors: list[str] = dataclasses.field(default_factory=list)
@@ -150,16 +152,20 @@ class Column:
     def key(self) -> str:
         """For names of files and arrays."""
         versus = f"-versus-{self.versus}" if self.versus else ""
-        return f"{self.model}_{self.name}" + (f"_{self.target}{versus}" if self.target else "")
+        layer = f"-layer{self.layer}" if self.layer else ""
+        target = f"_{self.target}{versus}" if self.target else ""
+        return f"{self.model}_{self.name}{layer}{target}"
 
     @property
     def header(self) -> str:
         """Two lines above the maps."""
-        what = {None: "any class", "predicted": "predicted class", "true": "true class"}
+        what = {None: "no class", "predicted": "predicted class", "true": "true class"}
         versus = f", not {what.get(self.versus, self.versus)}" if self.versus else ""
-        of = shorten([what.get(self.target, self.target) + versus], 34)[0]
+        versus += " or the next" * self.runner_up
+        of = shorten([what.get(self.target, self.target) + versus], 40)[0]
         unit = f", {self.method.unit}" if self.method.unit else ""
-        return f"{shorten([self.model], 24)[0]}: {self.method.title}\n{of}{unit}"
+        layer = f", layer {self.layer}" if self.layer else ""
+        return f"{shorten([self.model], 24)[0]}: {self.method.title}{layer}\n{of}{unit}"
 
     def choose(self, p: torch.Tensor, labels: torch.Tensor, classes: list[str]):
         """The classes (B,) to explain and, if `versus`, to compare with, else None. p (B, C).
@@ -171,12 +177,14 @@ class Column:
         goal = meaning[self.target]
         if not self.versus:
             return goal, None
-        next_best = p.scatter(1, goal[:, None], -1).argmax(1)
-        return goal, torch.where(meaning[self.versus] == goal, next_best, meaning[self.versus])
+        same, next_best = meaning[self.versus] == goal, p.scatter(1, goal[:, None], -1).argmax(1)
+        self.runner_up |= bool(same.any())
+        return goal, torch.where(same, next_best, meaning[self.versus])
 
     def write(self, p: torch.Tensor, labels, goal, rival, classes: list[str]) -> None:
         """Write the class of each image and its probability, green if a prediction is right."""
         says = "says " if self.target in (None, "predicted") else ""
+        classes = shorten(classes, 12 if self.versus else 20)
         for i, label in enumerate(labels):
             title = f"{says}{classes[goal[i]]} ({p[i, goal[i]]:.0%})"
             if rival is not None:
@@ -186,23 +194,26 @@ class Column:
             self.titles.append(title)
 
 
-def plan_columns(model: TrainedModel, methods: list[str], targets: list[tuple]) -> list[Column]:
+def plan_columns(
+    model: TrainedModel, methods: list[str], targets: list[tuple], layer: int | None
+) -> list[Column]:
     """The columns of a model: one for each method and, if it is of a class, (target, versus)."""
     return [
-        Column(model.name, name, *target)
+        Column(model.name, name, *target, layer if METHODS[name].takes_layer else None)
         for name in methods
         for target in (targets if METHODS[name].takes_target else [(None, None)])
     ]
 
 
-def compute_columns(model: TrainedModel, columns: list[Column], examples: Examples, layer: int):
+def compute_columns(model: TrainedModel, columns: list[Column], examples: Examples):
     """Fill in the columns; return probabilities (B, C) in the order of `examples.classes`.
 
     All the methods share one forward pass of each batch.
     """
     outputs = model.output_indices(examples.classes)  # of the network, for each class
     batches = model.batches(examples.split, explain=True)
-    short, graph = shorten(examples.classes), any(column.method.gradients for column in columns)
+    graph, C = any(column.method.gradients for column in columns), len(examples.classes)
+    of_last_map = [c for c in columns if c.name == "grad-cam" and c.layer is None]
     probabilities, maps = [], [[] for _ in columns]
     for (images, _), labels in zip(
         tqdm(batches, model.name, leave=False, disable=None),
@@ -212,20 +223,20 @@ def compute_columns(model: TrainedModel, columns: list[Column], examples: Exampl
         this = forward_pass(model.network, images, graph=graph)
         p = this.logits.detach().float().cpu()[:, outputs].softmax(1)
         every = None
-        if len(columns) > len(short) and "map" in this.layers and layer == -1:
+        if len(of_last_map) > 2 and "map" in this.layers:
             every = class_maps(this)
         for column, parts in zip(columns, maps, strict=True):
             goal, rival = column.choose(p, labels, examples.classes)
-            weights = F.one_hot(outputs[goal], len(short)).float()
+            weights = F.one_hot(outputs[goal], C).float()
             if rival is not None:
-                weights = weights - F.one_hot(outputs[rival], len(short))
+                weights = weights - F.one_hot(outputs[rival], C)
             weights = weights.to(images.device)
-            if every is not None and column.name == "grad-cam":
+            if every is not None and column in of_last_map:
                 heat = torch.einsum("bc,bchw->bhw", weights, every)
             else:
-                heat = column.method.compute(this, weights, layer).detach()
+                heat = column.method.compute(this, weights, (column.layer or 0) - 1).detach()
             parts.append(heat.cpu())
-            column.write(p, labels, goal, rival, short)
+            column.write(p, labels, goal, rival, examples.classes)
         probabilities.append(p)
     for column, parts in zip(columns, maps, strict=True):
         column.maps = torch.cat(parts)
@@ -236,7 +247,11 @@ def without_repeats(columns: list[Column]) -> list[Column]:
     """Columns whose maps differ: if every prediction is right, predicted and true are one."""
     kept = []
     for column in columns:
-        same = [k for k in kept if k.name == column.name and torch.equal(k.maps, column.maps)]
+        same = [
+            k
+            for k in kept
+            if (k.model, k.name) == (column.model, column.name) and torch.equal(k.maps, column.maps)
+        ]
         if same:
             print(f"{column.key}: the same maps as {same[0].key}")
         else:

@@ -6,7 +6,8 @@
 
 Prints each prediction and, of two networks, how similar their maps are. Writes into --out-dir:
 
-    <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay
+    <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay;
+                                    of many images in several files
     <vit>_attention-layers-<...>.png    the class token's attention in each layer, mean of heads
     <vit>_attention-heads-<...>.png     the same for the first image, in each head of each layer
     <vit>_attention-statistics-<...>.png   how far each head looks, and how similar positions are
@@ -62,6 +63,7 @@ from prepare import TrainedModel, load_data_for, load_models
 
 LARGEST_SIDE = 2048  # pixels of an overlay on a photograph
 MOST_MAPS = 12  # of an image in a figure
+MOST_ROWS = 8  # images in the figure of layers
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -132,19 +134,32 @@ def choose_methods(models: list[TrainedModel], args) -> dict[str, list[str]]:
             if "layers" in reasons.get(name, ""):
                 problem = f"{model.name} {reasons[name]}; use a lower one"
                 raise UserError(f"--layer {args.layer}: {problem}")
+            if args.method and name in reasons:
+                print(f"{name}: {model.name} {reasons[name]}")
         possible = ", ".join(name for name in METHODS if name not in reasons)
         problems += [
             (n, f"{model.name} {reasons[n]}; use {possible}") for n in wanted if n in reasons
         ]
     if not any(methods.values()):
         raise UserError("--method {}: {}".format(*problems[0]))
+    used = {name for names in methods.values() for name in names}
+    if args.layer and not any(METHODS[name].takes_layer for name in used):
+        raise UserError(
+            f"--layer {args.layer}: {', '.join(sorted(used))} has no choice of layers; omit it"
+        )
     classes = models[0].checkpoint["classes"]
     for flag, target in (*(("target", target) for target in args.target), ("versus", args.versus)):
         special = ["predicted", "true"] + (["all"] if flag == "target" else [None])
         if target not in (*special, *classes):
             raise UserError(f"--{flag} {target}: the {len(classes)} classes are {quoted(classes)}")
     if "all" in args.target:
-        args.target = [name for name in classes if name != args.versus]
+        if {"all", "predicted", "true"} & set(classes):
+            raise UserError(
+                "--target all: a class is named all, predicted or true; name the classes"
+            )
+        every = [name for name in classes if name != args.versus]
+        args.target = list(dict.fromkeys([*every, *args.target]))
+        args.target.remove("all")
     return methods
 
 
@@ -165,12 +180,19 @@ def print_predictions(model: TrainedModel, examples: Examples, p: torch.Tensor) 
 def print_agreement(columns: list[Column], predictions: dict[str, torch.Tensor], labels) -> None:
     """For each two models, the rank correlation of their maps, by how many are right.
 
-    Of each model its first map is compared, one of a class if there is any.
+    Compared are the first maps that both have by the same method, else the first of each model;
+    those of a class come first.
     """
     ordered = sorted(columns, key=lambda column: column.target is None)
-    first = {column.model: column for column in reversed(ordered)}
-    for a, b in itertools.combinations([name for name in predictions if name in first], 2):
-        grids = [attribution.on_grid(first[name].maps) for name in (a, b)]
+    for a, b in itertools.combinations(predictions, 2):
+        pairs = [(x, y) for x in ordered for y in ordered if (x.model, y.model) == (a, b)]
+        if not pairs:
+            continue
+        pairs.sort(
+            key=lambda pair: (pair[0].name, pair[0].target) != (pair[1].name, pair[1].target)
+        )
+        one, two = pairs[0]
+        grids = [attribution.on_grid(column.maps) for column in (one, two)]
         rho = attribution.rank_correlation(*grids)
         right = sum((predictions[name] == labels).int() for name in (a, b)).numpy()
         groups = {"": right >= 0}
@@ -179,7 +201,7 @@ def print_agreement(columns: list[Column], predictions: dict[str, torch.Tensor],
             groups = {name: right == count for count, name in enumerate(names)}
         parts = [f"{np.nanmean(rho[group]):+.2f}{name} ({group.sum()})"
                  for name, group in groups.items() if np.isfinite(rho[group]).any()]  # fmt: skip
-        both = f"{first[a].key} and {first[b].key}"
+        both = f"{one.key} and {two.key}"
         print(f"rank correlation of {both}, mean (images): {', '.join(parts)}")
 
 
@@ -227,6 +249,7 @@ def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str
     if torch.is_tensor(positions) and positions.ndim == 3 and positions.shape[1] == tokens:
         similarity = attribution.position_similarity(positions.detach().cpu())
     title = f"{name}: the class token's attention"
+    first = slice(MOST_ROWS)  # of more images the figure would be a strip
     mean = f"{name}: attention of all tokens, mean of {len(maps)} image{'s' * (len(maps) > 1)}"
     layers, heads = range(maps.shape[1])[-MOST_LAYERS:], range(maps.shape[2])[:MOST_HEADS]
     maps, names_of_layers = maps[:, layers.start :], [f"layer {1 + l}" for l in layers]
@@ -234,7 +257,7 @@ def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str
     above = [*(f"head {1 + head}" for head in heads), "mean"]
     found = {
         "layers": figures.plot_attention(
-            pictures, names, maps.mean(2), [""] * len(maps), names_of_layers,
+            pictures[first], names[first], maps[first].mean(2), [""] * MOST_ROWS, names_of_layers,
             f"{title}, mean of the heads",
         ),
         "heads": figures.plot_attention(
@@ -286,15 +309,16 @@ def main(argv=None):
     targets = [(target, args.versus) for target in args.target]
     targets += [("predicted", "true")] * args.contrast_wrong
     for model in models:
-        own = plan_columns(model, methods[model.name], targets)
-        p = compute_columns(model, own, examples, (args.layer or 0) - 1)
+        own = plan_columns(model, methods[model.name], targets, args.layer)
+        p = compute_columns(model, own, examples)
         print_predictions(model, examples, p)
         predictions[model.name] = p.argmax(1)
-        columns += without_repeats(own)
+        columns += own
     print_agreement(columns, predictions, examples.split.labels)
 
     # 4. Draw.
-    drawn = {} if args.no_figures else draw(models, examples, columns, kind)
+    shown = [] if args.no_figures else without_repeats(columns)
+    drawn = draw(models, examples, shown, kind) if shown else {}
 
     # 5. Write.
     written = []
@@ -302,7 +326,7 @@ def main(argv=None):
         written.append(name)
         with writing(args.out_dir / name):
             figure.savefig(args.out_dir / name, dpi=110)
-    for name, picture in () if args.no_figures else overlays(examples, columns):
+    for name, picture in overlays(examples, shown):
         written.append(name)
         with writing(args.out_dir / name):
             picture.save(args.out_dir / name)

@@ -4,9 +4,10 @@
 
 The image is cut into 8×8 cells, and a map ranks them. If the ranks are right, the probability of
 the predicted class falls fast when the first cells are hidden (deletion), and rises fast when they
-are shown first (insertion). Hidden cells get the mean colour, or the blurred image; a ViT can also
-do without those patches. Random order, a centred Gaussian and an edge detector are measured too: a
-method that is not above them says nothing about the network.
+are shown first (insertion). Hidden cells get the mean colour or the blurred image; or, if they are
+the patches of a ViT, they are dropped. Random order, a centred Gaussian and an edge detector are
+measured too: a method that is not above them has not been shown to know more than they do. SaCo
+with the mean colour favours occlusion, which hides cells in the same way.
 
 Prints tables and writes into --out-dir:
 
@@ -97,11 +98,13 @@ class Hiding:
         images: (B, 3, H, W), normalised.
         goal: (B,), the output to watch.
         fill: what hidden cells get: "mean" (0, the mean colour of the data set), "blur" (the image
-            blurred by a Gaussian of an eighth of its side) or "none": patches are left out.
+            blurred by a Gaussian of an eighth of its side) or "dropped": patches are left out.
+        bar: a progress bar, updated at each call; or None.
     """
 
-    def __init__(self, model, images, goal, fill: str):
-        self.model, self.images, self.goal, self.fill = model, images, goal, fill
+    def __init__(self, model, images, goal, fill: str, bar=None):
+        self.model, self.images, self.goal = model, images, goal
+        self.fill, self.bar = fill, bar
         size = images.shape[-1]
         self.filling = torch.zeros_like(images)
         if fill == "blur":
@@ -116,7 +119,7 @@ class Hiding:
         size, found = batch_size_without_training(self.images.shape[-1]), []
         for rows in torch.arange(len(hidden)).split(size):
             images, part = self.images[rows], shown[rows]
-            if self.fill == "none":
+            if self.fill == "dropped":
                 count = CELLS - hidden.shape[1]
                 keep = part.argsort(dim=1, descending=True, stable=True)[:, :count]
                 features = self.model.forward_features(images, keep=keep)
@@ -125,6 +128,8 @@ class Hiding:
                 part = F.interpolate(part.view(-1, 1, SIDE, SIDE), images.shape[2:])  # nearest
                 logits = self.model(images * part + self.filling[rows] * (1 - part))
             found.append(logits.float().softmax(1).gather(1, self.goal[rows, None])[:, 0])
+        if self.bar is not None:
+            self.bar.update()
         return torch.cat(found).cpu()
 
 
@@ -133,7 +138,7 @@ def fills_for(model: TrainedModel) -> list[str]:
     network, found = model.network, ["mean", "blur"]
     features = getattr(network, "forward_features", None)
     leaves_out = features and "keep" in inspect.signature(features).parameters
-    return found + ["none"] * bool(leaves_out and getattr(network, "grid", None) == SIDE)
+    return found + ["dropped"] * bool(leaves_out and getattr(network, "grid", None) == SIDE)
 
 
 def curve(order: torch.Tensor, probability: Hiding) -> torch.Tensor:
@@ -154,7 +159,8 @@ def area(curves: torch.Tensor) -> torch.Tensor:
 def saco(values: torch.Tensor, falls: torch.Tensor) -> torch.Tensor:
     """SaCo (Wu et al. 2024, arXiv 2404.01415, alg. 1) from -1 to 1, per image: (B,).
 
-    Of each two groups of cells, the one with the higher value should matter more. 0 is chance.
+    Of each two groups of cells, the one with the higher value should matter more. 0 is chance. Two
+    groups that matter equally count for the map, as in the paper.
 
     Args:
         values: (B, G), the sum of the map over each group, from the highest to the lowest.
@@ -235,15 +241,15 @@ def measure(model: TrainedModel, split, methods: list[str]) -> tuple[dict, dict]
             print(f"{model.name}: {name} ranks all cells as {first} does; it is scored once")
             del orders[name]
     fills, scores = fills_for(model), {}
-    with tqdm(total=len(fills) * len(orders), desc=model.name, leave=False, disable=None) as bar:
+    total = len(fills) * (2 + 30 * REFERENCES + 45 * len(orders))  # passes of all images
+    with tqdm(total=total, desc=model.name, leave=False, disable=None) as bar:
         for fill in fills:
-            hiding = Hiding(model.network, images, goals, fill)
+            hiding = Hiding(model.network, images, goals, fill, bar)
             curves = [curves_of(order, hiding) for order in references]
             chance = {key: sum(c[key] for c in curves) / REFERENCES for key in curves[0]}
             scores[fill] = {"chance": {"curves": chance}}
             for name, order in orders.items():
                 scores[fill][name] = score(maps[name], order, hiding, chance)
-                bar.update()
     return scores, maps
 
 
@@ -262,13 +268,13 @@ def check_sanity(model: TrainedModel, split, maps: dict) -> dict[str, float]:
     (Adebayo et al. 2018, arXiv 1810.03292.) A map that shows what was learned must change.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         random = build_model(model.checkpoint["model_name"], model.checkpoint["model_config"])
     random.to(next(model.network.parameters()).device)
     others, _ = maps_of(model, random, split, [name for name in maps if name in METHODS])
     others["edges"] = maps["edges"]  # of the images alone
     rho = {name: rank_correlation(maps[name], other) for name, other in others.items()}
-    return {name: float(np.nanmean(abs(values))) for name, values in rho.items()}
+    return {name: float(abs(np.nan_to_num(values)).mean()) for name, values in rho.items()}
 
 
 # ---------------------------------------------------------------- command line
@@ -297,7 +303,10 @@ def mean_curves(scores: dict) -> dict:
 def print_scores(name: str, scores: dict, summary: dict) -> None:
     """A table; in words what is best, and what is not above chance or a centred Gaussian."""
     columns = [(kind, fill) for kind in ("deletion", "insertion", "SaCo") for fill in scores]
-    rows = [[name, *(kind for kind, _ in columns)], ["filled with", *(fill for _, fill in columns)]]
+    rows = [
+        [name, *(kind for kind, _ in columns)],
+        ["hidden parts", *(fill for _, fill in columns)],
+    ]
     for method, numbers in summary.items():
         cells = [numbers[kind][fill] for kind, fill in columns]
         texts = [f"{c['mean']:+.2f} ±{(c['high'] - c['low']) / 2:.2f}" for c in cells]
@@ -323,15 +332,15 @@ def above(one: torch.Tensor, other) -> bool:
 
 
 def print_sanity(name: str, correlations: dict[str, float]) -> None:
-    """Lines of pass or fail. The edge detector must fail: it does not know the network."""
+    """Lines of pass or fail. The edge detector is a control that always fails."""
     print(f"{name}: rank correlation with the maps of a network of random weights, mean of |rho|")
     for method, rho in correlations.items():
         passed, note = "pass" if rho < LARGEST_CORRELATION else "fail", ""
         if method == "edges":
-            note = " (as it should: an edge detector knows no network)"
+            note = " (the control: an edge detector does not depend on the network)"
         elif not METHODS[method].takes_target:
             note = " (it uses no logits, so it does not depend on the last layer)"
-        print(f"  {passed}  {method} {rho:.2f}{note}")
+        print(f"  {passed}  {method} {rho:.3f}{note}")
 
 
 @command

@@ -111,7 +111,8 @@ ATTENTION_COLORS = LinearSegmentedColormap.from_list(
 )
 SCALES = {
     "signed": Scale(
-        matplotlib.colormaps["RdBu_r"], "Red raises the score that is explained, blue lowers it."
+        matplotlib.colormaps["RdBu_r"],
+        "Where there is red and blue: red raises the score, blue lowers it.",
     ),
     "uniform": Scale(
         ATTENTION_COLORS,
@@ -121,12 +122,12 @@ SCALES = {
     "positive": Scale(matplotlib.colormaps["Oranges"], "Relevance: the darker, the more."),
 }
 NOTE = (
-    "A map shows what the network's score depends on. It does not show that the network is right, "
-    "or where a person would look."
+    "A map tells something about the network, not about the world: it does not show that the "
+    "network is right, or where a person would look."
 )
 JUDGED = " Titles are green where the prediction is right, red where it is wrong."
 PANEL, BAR = 1.5, 0.8  # inches
-MAPS_PER_LINE, LINES_PER_FIGURE = 3, 10
+LINES_PER_FIGURE = 10
 
 
 def overlay(image: np.ndarray, heat: torch.Tensor, scale: Scale, norm) -> np.ndarray:
@@ -144,12 +145,12 @@ def plot_explanations(pictures, inputs, names: list[str], columns: list) -> list
     pictures: uint8 (H, W, 3); inputs: what the networks saw, if pictures are larger photographs,
     else None; names: above the pictures; columns: of maps, as `examples.Column`.
     """
-    count = -(-len(columns) // MAPS_PER_LINE)  # rounded up
+    count = -(-len(columns) // (3 if inputs is None else 2))  # lines for an image, rounded up
     lines = [[columns[j] for j in part] for part in np.array_split(range(len(columns)), count)]
-    pages = -(-len(pictures) * count // LINES_PER_FIGURE)
+    pages = -(-len(pictures) // max(1, LINES_PER_FIGURE // count))
     return [
         _plot_page(rows, pictures, inputs, names, lines)
-        for rows in np.array_split(range(len(pictures)), min(pages, len(pictures)))
+        for rows in np.array_split(range(len(pictures)), pages)
     ]
 
 
@@ -246,6 +247,9 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
     L, heads = next(iter(tables.values()))[0].shape
     figure = Figure(figsize=(4.2 * count, max(3.6, 0.35 * L + 1.6)), layout="constrained")
     figure.suptitle(title, weight="bold", fontsize=11)
+    figure.supxlabel(
+        "This describes attention. It does not tell why a class was chosen.", fontsize=9
+    )
     panels = figure.subplots(1, count)
     for axes, (name, (values, uniform)) in zip(panels, tables.items(), strict=False):
         most = max(uniform, values.max().item())
@@ -259,9 +263,10 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
             axes.text(head, l, f"{values[l, head]:.1f}", ha="center", va="center", **look)
     if similarity is not None:
         axes, side = panels[-1], len(similarity)
+        purples = matplotlib.colormaps["Purples"].with_extremes(bad="0.6")
         gaps = F.pad(similarity, (0, 1, 0, 1), value=torch.nan)  # between the small maps
         picture = gaps.permute(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
-        drawn = axes.imshow(picture.numpy(), cmap="Purples", interpolation="nearest")
+        drawn = axes.imshow(picture.numpy(), cmap=purples, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.set_title("position embeddings, each against all", fontsize=10)
         _color_bar(drawn, "cosine similarity", ax=axes)
@@ -282,12 +287,14 @@ def plot_faithfulness(curves: dict, title: str) -> Figure:
                     look = {"color": "0.8", "linewidth": 6}
                 axes.plot(np.linspace(0, 100, len(values[kind])), values[kind], label=name, **look)
             axes.grid(alpha=0.3)
-            axes.set_title(f"{kind}, fill: {fill}", fontsize=10)
+            axes.set_title(f"{kind}, hidden parts: {fill}", fontsize=10)
     grid[0, 0].set_ylim(0, 1)
     for axes, what in zip(grid[-1], ("hidden", "shown"), strict=True):
         axes.set_xlabel(f"% of the image {what}, highest values first")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9,
+                  title="Compare with chance (grey, several random orders), not across networks "
+                        "or fills.", title_fontsize=9)  # fmt: skip
     return figure
 
 

@@ -115,8 +115,10 @@ def test_grad_cam_equals_the_closed_form_class_map(cnn, images):
 
 
 def test_class_maps_are_refused_where_the_head_is_another(cnn, images):
-    cnn.forward_head = lambda A: cnn.head(A.amax((2, 3)))
-    assert attribution.class_maps(forward_pass(cnn, images)) is None
+    flat = torch.nn.Linear(24 * 64, 10)
+    for head in (lambda A: cnn.head(A.amax((2, 3))), lambda A: flat(A.flatten(1))):
+        cnn.forward_head = head
+        assert attribution.class_maps(forward_pass(cnn, images)) is None
 
 
 def test_the_difference_of_two_classes(cnn, vit, images):

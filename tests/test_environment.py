@@ -120,7 +120,7 @@ def test_any_name_reaches_all_that_is_written(kind, trained, tmp_path, capsys):
     explain.main([path, "--images", str(photo), *argv])
     maps = np.load(next(out_dir.glob("*.npz")))
     assert f"{cli.printable(name)}_grad-cam_predicted" in maps
-    assert len(list(out_dir.glob("*-images.png"))) == 3
+    assert len(list(out_dir.glob("*-images.png"))) == 4
     assert len([p for p in out_dir.glob("*.png") if Image.open(p).size == (300, 300)]) == 2
     out, err = capsys.readouterr()
     assert err == "" and cli.printable(name) in out

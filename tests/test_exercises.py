@@ -204,7 +204,7 @@ def test_cam(edited, trained):
 
 
 def test_grad_cam_plus_plus(edited, trained):
-    """Equation 19 by loops; and as pytorch-grad-cam computes it, if that is installed."""
+    """Equation 19, by loops."""
     module = edited("15-grad-cam-plus-plus")
     model, _ = module("checkpoint").load_model(trained["cnn"])
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -4,14 +4,16 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import attribution
+import examples
 import explain
 import figures
 import train_vit
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from data import Split
+from data import Split, load_data
 from examples import Column, Examples, compute_columns, read_photographs
 from prepare import load_models
 
@@ -63,11 +65,11 @@ def columns_of(count, images):
     return [column] * count
 
 
-@pytest.mark.parametrize("photographs", [False, True])
 @pytest.mark.parametrize(
-    ("maps", "images", "pages"), [(1, 1, 1), (4, 1, 1), (12, 3, 2), (3, 32, 4)]
+    ("maps", "images", "photographs", "pages"),
+    [(1, 1, False, 1), (4, 1, True, 1), (12, 2, True, 2), (3, 11, False, 2), (3, 6, True, 2)],
 )
-def test_figures_are_of_readable_size(maps, images, pages, photographs):
+def test_figures_are_of_readable_size(maps, images, photographs, pages):
     pictures = [np.zeros((32, 32, 3), dtype=np.uint8)] * images
     names, inputs = ["true: x"] * images, pictures if photographs else None
     found = figures.plot_explanations(pictures, inputs, names, columns_of(maps, images))
@@ -84,10 +86,28 @@ def test_figures_are_of_readable_size(maps, images, pages, photographs):
             for i, a in enumerate(boxes) for b in boxes[:i]
         )  # fmt: skip
     page = found[0]
-    raw = page.axes[1 + photographs * (maps <= 3)].images[0].get_array()
-    np.testing.assert_allclose(raw, columns_of(1, 1)[0].maps[0] * 0 + raw)  # it is a map
     texts = " ".join(" ".join(text.get_text() for text in page.texts).split())
-    assert "Red raises" in texts and "green where the prediction is right" in texts
+    assert "red raises the score" in texts and "green where the prediction is right" in texts
+
+
+def test_long_names_of_classes_do_not_overlap():
+    """Titles of one line, with two long class names each, and headers."""
+    classes = ["a_very_long_name_of_a_class", "another_very_long_name_of_one"]
+    p, labels = torch.tensor([[0.55, 0.45]]), torch.tensor([0])
+    columns = []
+    for _ in range(3):
+        column = Column("a-run-with-a-long-name-indeed", "grad-cam", "true", classes[1], layer=2)
+        column.maps, (goal, rival) = torch.rand(1, 8, 8), column.choose(p, labels, classes)
+        column.write(p, labels, goal, rival, classes)
+        columns.append(column)
+    picture, name = np.zeros((32, 32, 3), np.uint8), figures.shorten(["true: " + classes[0]])
+    (figure,) = figures.plot_explanations([picture], None, name, columns)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [axes.title for axes in figure.axes if axes.get_title()] + figure.texts[1:]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    assert len(boxes) == 1 + 3 + 3 and max(box.x1 for box in boxes) < figure.bbox.x1
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_attention_has_one_scale_in_every_panel():
@@ -110,13 +130,13 @@ def test_columns_know_their_classes_and_who_is_right(trained):
     labels = torch.tensor([1, 0, -1])
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     names = list("0123456789")
-    examples = Examples(Split.of(images, labels), labels, names, [], [], [])
+    images_to_explain = Examples(Split.of(images, labels), labels, names, [], [], [])
     columns = [
         Column("", "grad-cam", "predicted"),
         Column("", "grad-cam", "3", "predicted"),
         Column("", "input-x-gradient", "predicted"),
     ]
-    p = compute_columns(model, columns, examples, -1)
+    p = compute_columns(model, columns, images_to_explain)
     top = p.topk(2, dim=1).indices
     for i, (label, best) in enumerate(zip(labels, top[:, 0], strict=True)):
         color = "black" if label < 0 else "green" if label == best else "firebrick"
@@ -124,7 +144,9 @@ def test_columns_know_their_classes_and_who_is_right(trained):
         assert columns[0].titles[i] == f"says {best} ({p[i, best]:.0%})"
         rival = top[i, 1] if best == 3 else best
         assert columns[1].titles[i].startswith("3 (") and f", not {rival} (" in columns[1].titles[i]
-    run = attribution.forward_pass(model.network, next(iter(model.batches(examples.split)))[0])
+    run = attribution.forward_pass(
+        model.network, next(iter(model.batches(images_to_explain.split)))[0]
+    )
     rows, rival = torch.arange(3), torch.where(top[:, 0] == 3, top[:, 1], top[:, 0])
     every = attribution.class_maps(run)
     torch.testing.assert_close(
@@ -152,8 +174,6 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     assert maps["labels"].shape == maps["indices"].shape == (3,)
     assert maps["predictions"].shape == (2, 3)
 
-    from data import load_data
-
     images, labels = load_data("digits", ".").test.rows(torch.tensor(maps["indices"]))
     assert labels.tolist() == maps["labels"].tolist()
     model, checkpoint = load_model(trained["cnn"])
@@ -165,7 +185,9 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     assert maps["digits-vit_attention"].shape == (3, 4, 4)
 
 
-def test_why_one_class_and_not_another(trained, tmp_path):
+def test_why_one_class_and_not_another(trained, tmp_path, monkeypatch):
+    calls, real = [], attribution.class_maps
+    monkeypatch.setattr(examples, "class_maps", lambda run: calls.append(1) or real(run))
     argv = [
         str(trained["cnn"]),
         "--count",
@@ -175,12 +197,13 @@ def test_why_one_class_and_not_another(trained, tmp_path):
         "--out-dir",
         str(tmp_path),
     ]
-    explain.main([*argv, "--target", "all", "--layer", "2"])
+    explain.main([*argv, "--target", "all"])
+    assert calls == [1]  # one product for all classes
     every = dict(np.load(tmp_path / "digits-cnn_maps-any.npz"))
     assert len([key for key in every if "grad-cam" in key]) == 10
     explain.main([*argv, "--target", "3", "--versus", "8", "--layer", "1"])
     first = np.load(tmp_path / "digits-cnn_maps-any.npz")
-    assert first["digits-cnn_grad-cam_3-versus-8"].shape == (2, 16, 16)
+    assert first["digits-cnn_grad-cam-layer1_3-versus-8"].shape == (2, 16, 16)
     explain.main([*argv, "--target", "3", "--versus", "8"])
     maps = np.load(tmp_path / "digits-cnn_maps-any.npz")["digits-cnn_grad-cam_3-versus-8"]
     expected = every["digits-cnn_grad-cam_3"] - every["digits-cnn_grad-cam_8"]
@@ -314,3 +337,33 @@ def test_a_map_of_one_cell_is_refused(tmp_path, fails):
     assert "--method attention: run has a map of one cell there; use occlusion" in line
     explain.main(list(map(str, [*argv, "--save-maps"])))
     assert "run_occlusion_predicted" in np.load(tmp_path / "out" / "run_maps-any.npz")
+
+
+def test_no_map_of_the_default_methods_is_blank(trained, photos):
+    """On digits, and on photographs of noise."""
+    digits = load_data("digits", ".").test.subset(torch.arange(40))
+    noise = load_data("folder", photos).test
+    for model in load_models(list(map(str, trained.values())), torch.device("cpu")):
+        names, _ = attribution.methods_for(model.network, 32)
+        for split in (digits, noise):
+            images, labels = split.rows(torch.arange(len(split)))
+            shown = Examples(Split.of(images, labels), labels, list("0123456789"), [], [], [])
+            columns = examples.plan_columns(model, names, [("predicted", None)], None)
+            compute_columns(model, columns, shown)
+            for column in columns:
+                assert (column.maps.flatten(1).std(1) > 0).all(), column.key
+
+
+def test_agreement_is_the_rank_correlation_of_the_same_method(capsys):
+    maps = torch.rand(4, 8, 8)
+    columns = [
+        Column("a", "grad-cam", "true", maps=maps),
+        Column("b", "attention", None, maps=torch.rand(4, 8, 8)),
+        Column("b", "grad-cam", "true", maps=torch.cat([maps[:2], -maps[2:]])),
+    ]
+    labels = torch.tensor([0, 0, 1, 1])
+    explain.print_agreement(columns, {"a": labels, "b": torch.zeros(4, dtype=int)}, labels)
+    assert capsys.readouterr().out == (
+        "rank correlation of a_grad-cam_true and b_grad-cam_true, mean (images): "
+        "-1.00 where one is right (2), +1.00 where both are right (2)\n"
+    )

@@ -117,7 +117,7 @@ def test_patches_that_are_left_out():
     torch.manual_seed(0)
     vit, images = ViT(dim=24, depth=2, heads=3).eval(), torch.randn(2, 3, 32, 32)
     goal, hidden = torch.tensor([4, 7]), torch.tensor([[0, 9, 11], [63, 1, 2]])
-    hiding = Hiding(vit, images, goal, "none")
+    hiding = Hiding(vit, images, goal, "dropped")
     torch.testing.assert_close(hiding.with_all, vit(images).softmax(1)[[0, 1], goal].detach())
     for b in range(2):
         x = vit.patchify(images[b : b + 1]).flatten(2).transpose(1, 2)
@@ -149,7 +149,7 @@ def test_the_command(trained, tmp_path, capsys):
     argv = [*map(str, trained.values()), "--count", "6", "--out-dir", str(tmp_path)]
     faithfulness.main([*argv, "--method", "grad-cam", "attention"])
     out = capsys.readouterr().out
-    assert "digits: 6 of 360 test images" in out and "fail  edges 1.00 (as it should" in out
+    assert "digits: 6 of 360 test images" in out and "fail  edges 1.000 (the control" in out
     assert "deletion, mean: best grad-cam" in out
     found = json.loads((tmp_path / "faithfulness.json").read_text())
     assert found["images"] == 6 and found["split"] == "test"

