@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 from sklearn.metrics import (
     accuracy_score,
     classification_report,
@@ -103,6 +104,15 @@ def evaluate(model: TrainedModel, split, classes: list[str]) -> tuple[dict, str]
     )  # fmt: skip
     missing = [name for i, name in enumerate(classes) if i not in present]
     return metrics, report + (f"\nno images of {quoted(missing)}\n" if missing else "")
+
+
+def interval(values: torch.Tensor) -> tuple[float, float, float]:
+    """Mean of (n,), and the ends of its 95% bootstrap interval over images."""
+    x = values.double().numpy()
+    if x.min() == x.max():
+        return (x[0].item(),) * 3
+    found = bootstrap((x,), np.mean, method="percentile", n_resamples=2000, random_state=0)
+    return (x.mean().item(), *map(float, found.confidence_interval))
 
 
 # ---------------------------------------------------------------- command line

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import bootstrap
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
@@ -50,7 +49,7 @@ from cli import (
     use_device,
     writing,
 )
-from evaluate import table
+from evaluate import interval, table
 from figures import plot_faithfulness, with_plain_text
 from models import build_model
 from prepare import TrainedModel, load_data_for, load_models
@@ -134,18 +133,16 @@ class Hiding:
 
 
 def fills_for(model: TrainedModel) -> list[str]:
-    """The ways to hide cells from a network. Patches are left out where they are the cells."""
-    network, found = model.network, ["mean", "blur"]
-    features = getattr(network, "forward_features", None)
-    leaves_out = features and "keep" in inspect.signature(features).parameters
-    return found + ["dropped"] * bool(leaves_out and getattr(network, "grid", None) == SIDE)
+    """The ways to hide cells from a network; patches are dropped where they are the cells."""
+    features = getattr(model.network, "forward_features", model.network.forward)
+    drops = "keep" in inspect.signature(features).parameters and model.network.grid == SIDE
+    return ["mean", "blur", *["dropped"] * drops]
 
 
 def curve(order: torch.Tensor, probability: Hiding) -> torch.Tensor:
     """Probabilities (B, 17) when none, 4, 8, ..., all 64 cells of `order` (B, 64) are hidden.
 
-    Deletion (Petsiuk et al. 2018, arXiv 1806.07421, alg. 1). Insertion is the curve of the reversed
-    order, read backwards.
+    Deletion (Petsiuk et al. 2018, arXiv 1806.07421); insertion is the curve of the reversed order.
     """
     between = [probability(order[:, :n]) for n in range(STEP, CELLS, STEP)]
     return torch.stack([probability.with_all, *between, probability.with_none], dim=1)
@@ -157,7 +154,7 @@ def area(curves: torch.Tensor) -> torch.Tensor:
 
 
 def saco(values: torch.Tensor, falls: torch.Tensor) -> torch.Tensor:
-    """SaCo (Wu et al. 2024, arXiv 2404.01415, alg. 1) from -1 to 1, per image: (B,).
+    """SaCo (Wu et al. 2024, arXiv 2404.01415) from -1 to 1, per image: (B,).
 
     Of each two groups of cells, the one with the higher value should matter more. 0 is chance. Two
     groups that matter equally count for the map, as in the paper.
@@ -204,10 +201,9 @@ def score(maps: torch.Tensor, order: torch.Tensor, probability: Hiding, chance: 
 
 
 def maps_of(model: TrainedModel, network, split, methods: list[str]) -> tuple[dict, torch.Tensor]:
-    """Maps (n, 8, 8) of the predicted class by each method, and that class (n,).
+    """Maps (n, 8, 8) by each method of the class that the model predicts, and that class (n,).
 
-    network: the model's own, or one of the same kind with other weights. The class is what the
-    model's own network predicts.
+    network: the model's own, or one of the same kind with other weights.
     """
     maps, goals = {name: [] for name in methods}, []
     for images, _ in tqdm(model.batches(split, explain=True), "maps", leave=False, disable=None):
@@ -251,15 +247,6 @@ def measure(model: TrainedModel, split, methods: list[str]) -> tuple[dict, dict]
             for name, order in orders.items():
                 scores[fill][name] = score(maps[name], order, hiding, chance)
     return scores, maps
-
-
-def interval(values: torch.Tensor) -> tuple[float, float, float]:
-    """Mean of (n,), and the ends of its 95% bootstrap interval over images."""
-    x = values.double().numpy()
-    if x.min() == x.max():
-        return (float(x[0]),) * 3
-    found = bootstrap((x,), np.mean, method="percentile", n_resamples=2000, random_state=0)
-    return (float(x.mean()), *map(float, found.confidence_interval))
 
 
 def check_sanity(model: TrainedModel, split, maps: dict) -> dict[str, float]:

@@ -89,7 +89,7 @@ class Scale:
     """How the values of maps become colours, which colour-blind people can tell apart."""
 
     colors: matplotlib.colors.Colormap
-    says: str  # what the colours mean
+    says: str
 
     def norm(self, maps: torch.Tensor):
         """From values to 0 ... 1, up to the largest; of pixels up to the 99th percentile."""
@@ -126,8 +126,7 @@ NOTE = (
     "network is right, or where a person would look."
 )
 JUDGED = " Titles are green where the prediction is right, red where it is wrong."
-PANEL, BAR = 1.5, 0.8  # inches
-LINES_PER_FIGURE = 10
+PANEL, BAR, LINES_PER_FIGURE = 1.5, 0.8, 10  # inches, inches
 
 
 def overlay(image: np.ndarray, heat: torch.Tensor, scale: Scale, norm) -> np.ndarray:
@@ -148,10 +147,8 @@ def plot_explanations(pictures, inputs, names: list[str], columns: list) -> list
     count = -(-len(columns) // (3 if inputs is None else 2))  # lines for an image, rounded up
     lines = [[columns[j] for j in part] for part in np.array_split(range(len(columns)), count)]
     pages = -(-len(pictures) // max(1, LINES_PER_FIGURE // count))
-    return [
-        _plot_page(rows, pictures, inputs, names, lines)
-        for rows in np.array_split(range(len(pictures)), pages)
-    ]
+    parts = np.array_split(range(len(pictures)), pages)
+    return [_plot_page(rows, pictures, inputs, names, lines) for rows in parts]
 
 
 def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
@@ -175,9 +172,8 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
         return figure.add_axes(box, xticks=[], yticks=[])
 
     def draw_map(x, y, column, i):
-        scale, heat = SCALES[column.method.scale], column.maps[i]
+        scale, heat, norm = SCALES[column.method.scale], column.maps[i], column.norm(i)
         raw, smooth = panel(x, y), panel(x + PANEL + 0.05, y)
-        norm = column.norm(i)
         drawn = raw.imshow(heat.numpy(), cmap=scale.colors, norm=norm, interpolation="nearest")
         times = -(-256 // min(pictures[i].shape[:2]))  # larger pixels, under a smooth map
         large = pictures[i].repeat(times, 0).repeat(times, 1)
@@ -246,10 +242,7 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
     count = len(tables) + (similarity is not None)
     L, heads = next(iter(tables.values()))[0].shape
     figure = Figure(figsize=(4.2 * count, max(3.6, 0.35 * L + 1.6)), layout="constrained")
-    figure.suptitle(title, weight="bold", fontsize=11)
-    figure.supxlabel(
-        "This describes attention. It does not tell why a class was chosen.", fontsize=9
-    )
+    figure.suptitle(f"{title}. It does not tell why a class was chosen.", fontsize=11)
     panels = figure.subplots(1, count)
     for axes, (name, (values, uniform)) in zip(panels, tables.items(), strict=False):
         most = max(uniform, values.max().item())
@@ -263,10 +256,10 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
             axes.text(head, l, f"{values[l, head]:.1f}", ha="center", va="center", **look)
     if similarity is not None:
         axes, side = panels[-1], len(similarity)
-        purples = matplotlib.colormaps["Purples"].with_extremes(bad="0.6")
+        colors = matplotlib.colormaps["Purples"].with_extremes(bad="0.6")
         gaps = F.pad(similarity, (0, 1, 0, 1), value=torch.nan)  # between the small maps
         picture = gaps.permute(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
-        drawn = axes.imshow(picture.numpy(), cmap=purples, interpolation="nearest")
+        drawn = axes.imshow(picture.numpy(), cmap=colors, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.set_title("position embeddings, each against all", fontsize=10)
         _color_bar(drawn, "cosine similarity", ax=axes)
@@ -276,7 +269,8 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
 def plot_faithfulness(curves: dict, title: str) -> Figure:
     """Deletion and insertion: {fill: {method: {"deletion": (n,), "insertion": (n,)}}}."""
     figure = Figure(figsize=(10, 3.3 * len(curves) + 0.8), layout="constrained")
-    figure.suptitle(f"{title}: probability of the predicted class", weight="bold", fontsize=11)
+    note = "Compare with chance (the mean of random orders), not across networks or fillings."
+    figure.suptitle(f"{title}: probability of the predicted class\n{note}", fontsize=10)
     grid = figure.subplots(len(curves), 2, sharex=True, sharey=True, squeeze=False)
     for row, (fill, methods) in zip(grid, curves.items(), strict=True):
         for axes, kind in zip(row, ("deletion", "insertion"), strict=True):
@@ -292,9 +286,7 @@ def plot_faithfulness(curves: dict, title: str) -> Figure:
     for axes, what in zip(grid[-1], ("hidden", "shown"), strict=True):
         axes.set_xlabel(f"% of the image {what}, highest values first")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9,
-                  title="Compare with chance (grey, several random orders), not across networks "
-                        "or fills.", title_fontsize=9)  # fmt: skip
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure
 
 

@@ -8,7 +8,8 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 import attribution
 import faithfulness
-from faithfulness import CELLS, Hiding, area, curve, curves_of, interval, ranked, saco, score
+from evaluate import interval
+from faithfulness import CELLS, Hiding, area, curve, curves_of, ranked, saco, score
 from models import ViT
 from prepare import load_data_for, load_models
 
