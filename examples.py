@@ -159,7 +159,7 @@ class Column:
     @property
     def header(self) -> str:
         """Two lines above the maps."""
-        what = {None: "no class", "predicted": "predicted class", "true": "true class"}
+        what = {None: "all classes alike", "predicted": "predicted class", "true": "true class"}
         versus = f", not {what.get(self.versus, self.versus)}" if self.versus else ""
         versus += " or the next" * self.runner_up
         of = shorten([what.get(self.target, self.target) + versus], 40)[0]

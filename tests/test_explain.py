@@ -232,7 +232,8 @@ def test_classes_match_by_name_not_by_place(trained, tmp_path):
     for key in ("head.weight", "head.bias"):
         state["model"][key] = state["model"][key][order]
     save_checkpoint(tmp_path / "shuffled.pt", state)
-    argv = [trained["cnn"], tmp_path / "shuffled.pt", "--save-maps", "--target", "predicted", "3"]
+    argv = [trained["cnn"], tmp_path / "shuffled.pt", "--save-maps", "--no-figures"]
+    argv += ["--target", "predicted", "3"]
     explain.main([*map(str, argv), "--out-dir", str(tmp_path)])
     maps = np.load(tmp_path / "digits-cnn+shuffled_maps-any.npz")
     assert (maps["predictions"][0] == maps["predictions"][1]).all()
@@ -245,6 +246,7 @@ def test_classes_match_by_name_not_by_place(trained, tmp_path):
 @pytest.mark.parametrize("show", ["correct", "wrong"])
 def test_show_chooses_by_what_the_models_say(trained, tmp_path, show):
     argv = [trained["vit"], "--show", show, "--count", 5, "--save-maps", "--method", "grad-cam"]
+    argv.append("--no-figures")
     explain.main([*map(str, argv), "--out-dir", str(tmp_path)])
     maps = np.load(tmp_path / f"digits-vit_maps-{show}.npz")
     assert len(maps["labels"]) == 5

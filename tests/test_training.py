@@ -492,7 +492,8 @@ def test_larger_images_of_a_folder(photos, tmp_path, script, tiny):
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics[str(checkpoint)]["images"] == 8
     explain.main([str(checkpoint), "--save-maps", "--out-dir", str(tmp_path / "maps")])
-    maps = np.load(next((tmp_path / "maps").glob("*.npz")))["run_grad-cam_predicted"]
+    method = "attention" if isinstance(model, ViT) else "grad-cam_predicted"
+    maps = np.load(next((tmp_path / "maps").glob("*.npz")))[f"run_{method}"]
     assert maps.shape == ((8, 8, 8) if isinstance(model, ViT) else (8, 16, 16))
 
 
