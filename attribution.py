@@ -12,6 +12,7 @@ difference of two. `layer` counts as a list does: -1 is the last.
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -48,26 +49,43 @@ class ForwardPass:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module):
     """Eval mode and frozen parameters (faster); afterwards everything is as it was."""
-    modes = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    for module in training:
+        module.training = False
+    for p in trainable:
+        p.requires_grad_(False)
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
         for p in trainable:
             p.requires_grad_()
 
 
-def forward_pass(model: nn.Module, images: torch.Tensor, *, graph: bool = True) -> ForwardPass:
-    """Run a network in eval mode on images (B, 3, H, W). `graph`: record what gradients need."""
+# Networks whose features are their last map, found out in their first pass.
+_end_in_a_map: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def forward_pass(
+    model: nn.Module, images: torch.Tensor, *, graph: bool = True, last_map_only: bool = False
+) -> ForwardPass:
+    """Run a network in eval mode on images (B, 3, H, W). `graph`: record what gradients need.
+
+    last_map_only: record no more than gradients by the last map need, if the network has maps.
+    """
     model = unwrap(model)
     with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(graph):
-        images = images.detach().clone().requires_grad_(graph)
+        images = images.clone() if images.is_inference() else images.detach()
+        short = graph and last_map_only and _end_in_a_map.get(model, False)
+        images.requires_grad_(graph and not short)
         if not hasattr(model, "forward_features"):
             return ForwardPass(model, images, model(images), {})
         features, layers = model.forward_features(images, return_intermediates=True)
+        _end_in_a_map[model] = "map" in layers and layers["map"][-1] is features
+        if short:
+            features.requires_grad_()  # so that the head alone is recorded
         return ForwardPass(model, images, model.forward_head(features), layers)
 
 
@@ -84,11 +102,13 @@ def attribute(model, images, targets, method="grad-cam", *, versus=None, layer=-
         versus: (B,), classes to compare with: explain the difference of the two logits.
         layer: the stage or block, from 0, or -1 for the last; ignored where there is no choice.
     """
-    run = forward_pass(model, images, graph=METHODS[method].gradients)
+    row = METHODS[method]
+    last_map_only = row.takes_layer and layer == -1
+    run = forward_pass(model, images, graph=row.gradients, last_map_only=last_map_only)
     weights = F.one_hot(targets, run.logits.shape[1]).float()
     if versus is not None:
         weights = weights - F.one_hot(versus, run.logits.shape[1])
-    return METHODS[method].compute(run, weights, layer).detach()
+    return row.compute(run, weights, layer).detach()
 
 
 # ---------------------------------------------------------------- maps

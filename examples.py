@@ -212,7 +212,8 @@ def compute_columns(model: TrainedModel, columns: list[Column], examples: Exampl
     """
     outputs = model.output_indices(examples.classes)  # of the network, for each class
     batches = model.batches(examples.split, explain=True)
-    graph, C = any(column.method.gradients for column in columns), len(examples.classes)
+    C, with_gradients = len(examples.classes), [c for c in columns if c.method.gradients]
+    short = all(c.method.takes_layer and c.layer is None for c in with_gradients)
     of_last_map = [c for c in columns if c.name == "grad-cam" and c.layer is None]
     probabilities, maps = [], [[] for _ in columns]
     for (images, _), labels in zip(
@@ -220,7 +221,7 @@ def compute_columns(model: TrainedModel, columns: list[Column], examples: Exampl
         examples.split.labels.split(batches.batch_size),
         strict=True,
     ):
-        this = forward_pass(model.network, images, graph=graph)
+        this = forward_pass(model.network, images, graph=bool(with_gradients), last_map_only=short)
         p = this.logits.detach().float().cpu()[:, outputs].softmax(1)
         every = None
         if len(of_last_map) > 2 and "map" in this.layers:

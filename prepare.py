@@ -265,6 +265,7 @@ def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
     models = []
     for name, path in zip(names, paths, strict=True):
         network, checkpoint = load_model(path, device)
+        network.requires_grad_(False)
         network.to(memory_format=torch.channels_last)  # nearly twice as fast for the CNN
         models.append(TrainedModel(printable(name), path, network, checkpoint))
     return models

@@ -10,6 +10,7 @@ the median over rounds of the ratios of CPU times. Our methods take 64 images in
 (tests/requirements.txt). With --calls: anonymous memory before and after.
 """
 
+import copy
 import statistics
 import sys
 import time
@@ -52,8 +53,8 @@ def measurements(model, name: str, images: torch.Tensor) -> dict:
 
 
 def others(model, images: torch.Tensor, targets: torch.Tensor) -> dict:
-    """Grad-CAM of the packages that are installed."""
-    found = {}
+    """Grad-CAM of the packages that are installed. They need parameters that are not frozen."""
+    found, model = {}, copy.deepcopy(model).requires_grad_()
     try:
         from captum.attr import LayerGradCam
 
