@@ -18,12 +18,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
 from torch import nn
 
 from models import unwrap
 
-OCCLUSION_GRID = 8  # cells along each side
+GRID = 8  # cells along each side of an image, where maps are compared or parts hidden
 
 
 @dataclasses.dataclass
@@ -105,10 +104,14 @@ def attribute(model, images, targets, method="grad-cam", *, versus=None, layer=-
     row = METHODS[method]
     last_map_only = row.takes_layer and layer == -1
     run = forward_pass(model, images, graph=row.gradients, last_map_only=last_map_only)
-    weights = F.one_hot(targets, run.logits.shape[1]).float()
-    if versus is not None:
-        weights = weights - F.one_hot(versus, run.logits.shape[1])
-    return row.compute(run, weights, layer).detach()
+    return row.compute(run, weights_of(targets, versus, run.logits), layer).detach()
+
+
+def weights_of(targets: torch.Tensor, versus: torch.Tensor | None, logits) -> torch.Tensor:
+    """The weights of logits (B, C) that make a class's score, or the difference of two classes."""
+    C = logits.shape[1]
+    weights = F.one_hot(targets, C) - (0 if versus is None else F.one_hot(versus, C))
+    return weights.to(logits)
 
 
 # ---------------------------------------------------------------- maps
@@ -233,7 +236,7 @@ def occlusion(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tens
 
     (Zeiler and Fergus 2014, arXiv 1311.2901, sec. 4.2.) It needs 64 more forward passes.
     """
-    cells = torch.eye(OCCLUSION_GRID**2, device=run.images.device)
+    cells = torch.eye(GRID**2, device=run.images.device)
     cells = patch_grid(cells)[:, None, None]  # (64, 1, 1, 8, 8)
     drops = []
     with undisturbed(run.model):
@@ -275,13 +278,15 @@ def position_similarity(positions: torch.Tensor) -> torch.Tensor:
     return (unit @ unit.T).reshape([round(len(unit) ** 0.5)] * 4)
 
 
-def on_grid(maps: torch.Tensor, side: int = 8) -> torch.Tensor:
+def on_grid(maps: torch.Tensor, side: int = GRID) -> torch.Tensor:
     """Maps (B, h, w) on a common grid (B, side, side): means, or copies of larger cells."""
     return F.adaptive_avg_pool2d(maps[:, None], side)[:, 0]
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     """Spearman's rank correlation of the maps of each image, (B,); nan for a constant map."""
+    from scipy.stats import rankdata  # takes long to import, and is needed for few commands
+
     ranks = (rankdata(maps.flatten(1).numpy(), axis=1) for maps in (a, b))
     a, b = (rank - rank.mean(1, keepdims=True) for rank in ranks)
     with np.errstate(invalid="ignore"):

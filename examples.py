@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from attribution import METHODS, Method, class_maps, forward_pass
+from attribution import METHODS, Method, class_maps, forward_pass, weights_of
 from cli import UserError, printable, warn
 from data import Data, Split
 from figures import SCALES, shorten
@@ -212,7 +211,7 @@ def compute_columns(model: TrainedModel, columns: list[Column], examples: Exampl
     """
     outputs = model.output_indices(examples.classes)  # of the network, for each class
     batches = model.batches(examples.split, explain=True)
-    C, with_gradients = len(examples.classes), [c for c in columns if c.method.gradients]
+    with_gradients = [c for c in columns if c.method.gradients]
     short = all(c.method.takes_layer and c.layer is None for c in with_gradients)
     of_last_map = [c for c in columns if c.name == "grad-cam" and c.layer is None]
     probabilities, maps = [], [[] for _ in columns]
@@ -228,10 +227,8 @@ def compute_columns(model: TrainedModel, columns: list[Column], examples: Exampl
             every = class_maps(this)
         for column, parts in zip(columns, maps, strict=True):
             goal, rival = column.choose(p, labels, examples.classes)
-            weights = F.one_hot(outputs[goal], C).float()
-            if rival is not None:
-                weights = weights - F.one_hot(outputs[rival], C)
-            weights = weights.to(images.device)
+            against = None if rival is None else outputs[rival]
+            weights = weights_of(outputs[goal], against, this.logits)
             if every is not None and column in of_last_map:
                 heat = torch.einsum("bc,bchw->bhw", weights, every)
             else:

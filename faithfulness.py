@@ -27,11 +27,13 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from attribution import (
+    GRID,
     METHODS,
     forward_pass,
     methods_for,
     on_grid,
     rank_correlation,
+    weights_of,
 )
 from batches import batch_size_without_training
 from cli import (
@@ -54,7 +56,7 @@ from figures import plot_faithfulness, with_plain_text
 from models import build_model
 from prepare import TrainedModel, load_data_for, load_models
 
-SIDE, STEP = 8, 4  # cells along each side; cells that are hidden at a time
+SIDE, STEP = GRID, 4  # cells along each side; cells that are hidden at a time
 CELLS = SIDE * SIDE
 CONTROLS = ("random", "center", "edges")
 REFERENCES = 3  # random orders whose mean is chance
@@ -73,7 +75,7 @@ def control_maps(images: torch.Tensor, generator: torch.Generator) -> dict[str, 
     return {
         "random": torch.rand(B, SIDE, SIDE, generator=generator),
         "center": (-2 * (away[:, None] + away)).exp().expand(B, SIDE, SIDE),
-        "edges": on_grid(slopes.norm(dim=1), SIDE),
+        "edges": on_grid(slopes.norm(dim=1)),
     }
 
 
@@ -210,10 +212,10 @@ def maps_of(model: TrainedModel, network, split, methods: list[str]) -> tuple[di
         with torch.inference_mode():
             goal = model.network(images).argmax(1)
         this = forward_pass(network, images)
-        weights = F.one_hot(goal, this.logits.shape[1]).float()
+        weights = weights_of(goal, None, this.logits)
         for name in methods:
             heat = METHODS[name].compute(this, weights, -1).detach().cpu()
-            maps[name].append(on_grid(heat, SIDE))
+            maps[name].append(on_grid(heat))
         goals.append(goal)
     return {name: torch.cat(parts) for name, parts in maps.items()}, torch.cat(goals)
 
@@ -340,10 +342,15 @@ def main(argv=None):
     for model in models:
         _, reasons = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
         methods[model.name] = [name for name in args.method or METHODS if name not in reasons]
+        for name in args.method if args.method and methods[model.name] else ():
+            if name in reasons:
+                print(f"{name}: {model.name} {reasons[name]}")
+        skipped = [f"{model.name} {reasons[name]}" for name in args.method or () if name in reasons]
         if not methods[model.name]:
-            first = args.method[0]
             possible = ", ".join(name for name in METHODS if name not in reasons)
-            raise UserError(f"--method {first}: {model.name} {reasons[first]}; use {possible}")
+            raise UserError(f"--method {args.method[0]}: {skipped[0]}; use {possible}")
+        for reason in skipped:
+            print(f"not every --method is possible: {reason}")
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
     make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
 

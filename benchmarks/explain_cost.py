@@ -7,7 +7,7 @@ One process, one thread, the weights in pretrained/ (or --cnn and --vit), random
 method runs once a round, in turn with a forward pass of the same images, without gradients. Prints
 the median over rounds of the ratios of CPU times. Our methods take 64 images in the batches of
 `explain.py` (32). captum and pytorch-grad-cam are compared if they are installed
-(tests/requirements.txt). With --calls: anonymous memory before and after.
+(tests/requirements.txt). With --calls: anonymous memory after a tenth of the calls, and after all.
 """
 
 import copy
@@ -91,7 +91,7 @@ def anonymous_megabytes() -> float:
 
 def measure_memory(models: list, calls: int) -> None:
     """Print the memory after a tenth of the calls, and after all of them."""
-    images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)
+    images, targets = torch.randn(2, 3, 32, 32), torch.arange(2)
     for model in models:
         usable = [m for m in METHODS if m not in methods_for(model.network, 32)[1]]
         for call in range(1, calls + 1):
