@@ -67,8 +67,7 @@ LARGEST_CORRELATION = 0.3  # with the maps of a random network
 
 def control_maps(images: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Maps (B, 8, 8) that know nothing of a network, for images (B, 3, H, W)."""
-    B = len(images)
-    away = torch.linspace(-1, 1, SIDE) ** 2
+    B, away = len(images), torch.linspace(-1, 1, SIDE) ** 2
     grey = F.pad(images.mean(1, keepdim=True).cpu(), (1, 1, 1, 1), mode="replicate")
     sobel = torch.tensor([[1.0, 2, 1], [0, 0, 0], [-1, -2, -1]])
     slopes = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None])  # (B, 2, H, W)
@@ -104,8 +103,7 @@ class Hiding:
     """
 
     def __init__(self, model, images, goal, fill: str, bar=None):
-        self.model, self.images, self.goal = model, images, goal
-        self.fill, self.bar = fill, bar
+        self.model, self.images, self.goal, self.fill, self.bar = model, images, goal, fill, bar
         size = images.shape[-1]
         self.filling = torch.zeros_like(images)
         if fill == "blur":
@@ -292,10 +290,8 @@ def mean_curves(scores: dict) -> dict:
 def print_scores(name: str, scores: dict, summary: dict) -> None:
     """A table; in words what is best, and what is not above chance or a centred Gaussian."""
     columns = [(kind, fill) for kind in ("deletion", "insertion", "SaCo") for fill in scores]
-    rows = [
-        [name, *(kind for kind, _ in columns)],
-        ["hidden parts", *(fill for _, fill in columns)],
-    ]
+    kinds, fills = zip(*columns, strict=True)
+    rows = [[name, *kinds], ["hidden parts", *fills]]
     for method, numbers in summary.items():
         cells = [numbers[kind][fill] for kind, fill in columns]
         texts = [f"{c['mean']:+.2f} ±{(c['high'] - c['low']) / 2:.2f}" for c in cells]
