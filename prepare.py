@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from batches import Batches, batch_size_without_training, predict
+from batches import Batches, batch_size_to_explain, batch_size_without_training, predict
 from checkpoint import load_model, make_metadata
 from cli import (
     UserError,
@@ -232,9 +232,12 @@ class TrainedModel:
 
     def batches(self, split: Split, *, explain: bool = False) -> Batches:
         """A split's images as the network takes them; `explain`: fewer at a time."""
+        size = split.images.shape[-1]
         return Batches(
             split,
-            batch_size_without_training(split.images.shape[-1], explain=explain),
+            batch_size_to_explain(self.network, size)
+            if explain
+            else batch_size_without_training(size),
             mean=self.checkpoint["mean"],
             std=self.checkpoint["std"],
             device=next(self.network.parameters()).device,

@@ -6,7 +6,7 @@
 One process, one thread, the weights in pretrained/ (or --cnn and --vit), random images. Every
 method runs once a round, in turn with a forward pass of the same images, without gradients. Prints
 the median over rounds of the ratios of CPU times. Our methods take 64 images in the batches of
-`explain.py` (32). captum and pytorch-grad-cam are compared if they are installed
+`explain.py`. captum and pytorch-grad-cam are compared if they are installed
 (tests/requirements.txt). With --calls: anonymous memory after a tenth of the calls, and after all.
 """
 
@@ -22,7 +22,7 @@ import torch
 from common import in_turn, ratios
 
 from attribution import METHODS, attribute, class_maps, forward_pass, methods_for
-from batches import batch_size_without_training
+from batches import batch_size_to_explain
 from cli import Parser, command, integer, path_type, run
 from evaluate import table
 from prepare import load_models
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def measurements(model, name: str, images: torch.Tensor) -> dict:
     """What is measured for one network, by name: functions without arguments."""
     targets = torch.arange(len(images)) % 10
-    parts = batch_size_without_training(32, explain=True)
+    parts = batch_size_to_explain(model, 32)
 
     def by(method):
         for x, t in zip(images.split(parts), targets.split(parts), strict=True):
