@@ -354,7 +354,14 @@ def methods_for(model, image_size: int, layer: int = -1) -> tuple[list[str], dic
             reasons[name] = f"has no {' or '.join(sorted(method.needs))}"
         elif method.takes_layer and layer >= len(found[0]):
             reasons[name] = f"has {len(found[0])} layers"
-        elif method.compute(run, torch.ones_like(run.logits), layer).shape[1:] == (1, 1):
+        if name in reasons:
+            continue
+        try:
+            maps = method.compute(run, torch.ones_like(run.logits), layer)
+        except RuntimeError:  # autograd finds no way from the logits to them
+            reasons[name] = "has logits that do not depend on what the method needs"
+            continue
+        if maps.shape[1:] == (1, 1):
             reasons[name] = "has a map of one cell there"
     chosen = [name for name, method in METHODS.items()
               if method.default_with in run.layers and name not in reasons]  # fmt: skip

@@ -6,12 +6,20 @@ Each image is flipped, shifted and erased by its own random amount. Automatic au
 mixing are torchvision's, with one draw for a group of images or for a batch.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import Split
+
+
+def epoch_seed(seed: int, epoch: int, rank: int = -1) -> int:
+    """One well-mixed 64-bit number for each (seed, epoch), or for each (seed, epoch, rank)."""
+    # seed + epoch would not do: epoch 2 of seed 0 would be epoch 1 of seed 1.
+    entropy = (seed, epoch) if rank < 0 else (seed, epoch, 1 + rank)  # a last 0 changes nothing
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 class Batches:
@@ -149,7 +157,7 @@ def batch_size_to_explain(network, image_size: int) -> int:
     blank = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
     _, kept = network.forward_features(blank, return_intermediates=True)
     per_image = sum(tensor.nbytes for layers in kept.values() for tensor in layers)
-    return max(1, min(64, 2**24 // per_image))
+    return max(1, min(64, 2**24 // max(1, per_image)))
 
 
 @torch.inference_mode()

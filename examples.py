@@ -159,8 +159,8 @@ class Column:
     def header(self) -> str:
         """Two lines above the maps."""
         what = {None: "all classes alike", "predicted": "predicted class", "true": "true class"}
-        versus = f", not {what.get(self.versus, self.versus)}" if self.versus else ""
-        versus += " or the next" * self.runner_up
+        versus = f", not {self.versus}" if self.versus else ""
+        versus += " or next" * self.runner_up
         of = shorten([what.get(self.target, self.target) + versus], 40)[0]
         unit = f", {self.method.unit}" if self.method.unit else ""
         layer = f", layer {self.layer}" if self.layer else ""

@@ -156,8 +156,8 @@ def area(curves: torch.Tensor) -> torch.Tensor:
 def saco(values: torch.Tensor, falls: torch.Tensor) -> torch.Tensor:
     """SaCo (Wu et al. 2024, arXiv 2404.01415) from -1 to 1, per image: (B,).
 
-    Of each two groups of cells, the one with the higher value should matter more. 0 is chance. Two
-    groups that matter equally count for the map, as in the paper.
+    Of each two groups of cells, the one with the higher value should matter more. Two groups that
+    matter equally count for the map, as in the paper; where no two do, chance is 0.
 
     Args:
         values: (B, G), the sum of the map over each group, from the highest to the lowest.
@@ -252,7 +252,8 @@ def measure(model: TrainedModel, split, methods: list[str]) -> tuple[dict, dict]
 def check_sanity(model: TrainedModel, split, maps: dict) -> dict[str, float]:
     """Mean absolute rank correlation of each map with that of the same network, untrained.
 
-    (Adebayo et al. 2018, arXiv 1810.03292.) A map that shows what was learned must change.
+    (Adebayo et al. 2018, arXiv 1810.03292.) A map that shows what was learned must change; a
+    constant one counts as unchanged.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -261,7 +262,7 @@ def check_sanity(model: TrainedModel, split, maps: dict) -> dict[str, float]:
     others, _ = maps_of(model, random, split, [name for name in maps if name in METHODS])
     others["edges"] = maps["edges"]  # of the images alone
     rho = {name: rank_correlation(maps[name], other) for name, other in others.items()}
-    return {name: float(abs(np.nan_to_num(values)).mean()) for name, values in rho.items()}
+    return {name: float(abs(np.nan_to_num(values, nan=1)).mean()) for name, values in rho.items()}
 
 
 # ---------------------------------------------------------------- command line
@@ -301,9 +302,10 @@ def print_scores(name: str, scores: dict, summary: dict) -> None:
         own = {method: scores[fill][method][kind] for method in summary}
         methods = [method for method in own if method not in CONTROLS]
         best = max(methods, key=lambda method: own[method].mean())
+        chance = own["random"] if kind == "SaCo" else 0  # the others are differences from it
         lists = {
             "not different from it": [m for m in methods if not above(own[best], own[m])],
-            "not above chance": [m for m in methods if summary[m][kind][fill]["low"] <= 0],
+            "not above chance": [m for m in methods if not above(own[m], chance)],
             "not above the centre": [m for m in methods if not above(own[m], own.get("center", 0))],
         }
         lists["not different from it"].remove(best)
@@ -337,16 +339,16 @@ def main(argv=None):
     methods = {}
     for model in models:
         _, reasons = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
-        methods[model.name] = [name for name in args.method or METHODS if name not in reasons]
-        for name in args.method if args.method and methods[model.name] else ():
-            if name in reasons:
-                print(f"{name}: {model.name} {reasons[name]}")
-        skipped = [f"{model.name} {reasons[name]}" for name in args.method or () if name in reasons]
+        methods[model.name] = [
+            n for n in METHODS if n in (args.method or METHODS) and n not in reasons
+        ]
+        skipped = [name for name in args.method or () if name in reasons]
         if not methods[model.name]:
             possible = ", ".join(name for name in METHODS if name not in reasons)
-            raise UserError(f"--method {args.method[0]}: {skipped[0]}; use {possible}")
-        for reason in skipped:
-            print(f"not every --method is possible: {reason}")
+            name = skipped[0]
+            raise UserError(f"--method {name}: {model.name} {reasons[name]}; use {possible}")
+        for name in skipped:
+            print(f"{name}: {model.name} {reasons[name]}")
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
     make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import attribution
 from attribution import METHODS, attribute, forward_pass
+from batches import batch_size_to_explain
 from models import CNN, ViT
 
 MAP_METHODS = ["grad-cam", "layer-cam", "occlusion", "input-x-gradient"]
@@ -325,3 +326,29 @@ def test_no_memory_is_kept(cnn, images):
         attribute(cnn, images, TARGETS)
     assert tensors() == before
     assert not any(m._forward_hooks or m._backward_hooks for m in cnn.modules())
+
+
+class Aside(torch.nn.Module):
+    """A network with intermediates that its logits do not depend on, or with none."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.head, self.found = torch.nn.Linear(3, 2), found
+
+    def forward_features(self, x, return_intermediates=False):
+        features = x.mean((2, 3))
+        return (features, self.found) if return_intermediates else features
+
+    def forward_head(self, x):
+        return self.head(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+@pytest.mark.parametrize("found", [{}, {"attention": [torch.full((1, 2, 5, 5), 0.2)]}])
+def test_a_network_that_offers_nothing_that_can_be_used(found):
+    default, reasons = attribution.methods_for(Aside(found), 32)
+    assert default == (["attention"] if found else ["occlusion"])
+    assert ("do not depend" in reasons["relevance"]) == bool(found)
+    assert batch_size_to_explain(Aside(found), 32) == 64

@@ -370,3 +370,8 @@ def test_agreement_is_the_rank_correlation_of_the_same_method(capsys):
         "rank correlation of a_grad-cam_true and b_grad-cam_true, mean (images): "
         "-1.00 where one is right (2), +1.00 where both are right (2)\n"
     )
+
+
+def test_a_map_of_zeros_is_neutral():
+    scale = figures.SCALES["signed"]
+    assert scale.strength(np.asarray(scale.norm(torch.zeros(1, 2, 2))(0.0))) == 0

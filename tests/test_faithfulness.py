@@ -198,3 +198,11 @@ def test_a_cell_of_a_map_is_a_cell_of_the_image():
     torch.testing.assert_close(attribution.on_grid(maps), expected)
     small = torch.arange(16.0).view(1, 4, 4)
     np.testing.assert_array_equal(attribution.on_grid(small)[0, ::2, 1::2], small[0])
+
+
+def test_a_repeated_method_is_one(trained, tmp_path, capsys):
+    argv = [str(trained["cnn"]), "--count", "3", "--out-dir", str(tmp_path)]
+    faithfulness.main([*argv, "--method", "grad-cam", "grad-cam", "rollout"])
+    assert "rollout" in capsys.readouterr().out
+    found = json.loads((tmp_path / "faithfulness.json").read_text())
+    assert "grad-cam" in found["checkpoints"][str(trained["cnn"])]["scores"]
