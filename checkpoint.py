@@ -20,6 +20,7 @@ import torch
 import torchvision
 from torch import nn
 
+import distributed
 from cli import Parser, UserError, command, composed, path_type, refuse_inside, run, warn, writing
 from models import build_model, check_intermediates
 
@@ -217,7 +218,12 @@ def without_training_state(checkpoint: dict, dtype: torch.dtype | None = None) -
 
 
 def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
-    """Write last.pt, and best.pt with the weights of the best epoch and the whole history."""
+    """Write last.pt, and best.pt with the weights of the best epoch and the whole history.
+
+    Of many processes the first one does.
+    """
+    if distributed.rank():
+        return
     out_dir, current = Path(out_dir), without_training_state(checkpoint)
     best = current
     if checkpoint["best"]["epoch"] < checkpoint["epoch"]:
@@ -225,6 +231,8 @@ def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
     # best.pt first: if the second file is not written, resuming repeats the epoch.
     save_checkpoint(out_dir / "best.pt", best)
     save_checkpoint(out_dir / "last.pt", checkpoint | {"self_test": current["self_test"]})
+    for partial in out_dir.glob(".*.tmp"):  # of a process that was killed
+        partial.unlink(missing_ok=True)
 
 
 def check_finite(network: nn.Module, row: dict, settings) -> None:

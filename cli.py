@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+import distributed
+from stopping import Stopped, how_to_resume
+
 try:
     import fcntl
 except ImportError:  # Windows: folders are not locked there
@@ -73,6 +76,8 @@ def command(main):
                 stack.callback(setattr, threading, "excepthook", threading.excepthook)
                 threading.excepthook = _report_thread
                 out, err = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
+                out.stream = None if distributed.rank() else out.stream
+                err.stream = None if distributed.local_rank() else err.stream
                 stack.enter_context(contextlib.redirect_stdout(out))
                 stack.enter_context(contextlib.redirect_stderr(err))
                 stack.callback(out.flush)
@@ -88,9 +93,14 @@ def command(main):
             except (torch.OutOfMemoryError, MemoryError):
                 message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
             except RuntimeError as error:
-                if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    raise
                 message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
+                if distributed.is_lost(error):
+                    message = "torchrun: another process of this run has ended"
+                elif not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise
+            except Stopped as stop:
+                print(how_to_resume(stop, main.__globals__["__file__"]), file=sys.stderr)
+                sys.exit(128 + stop.number)
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 sys.exit(130)

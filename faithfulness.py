@@ -302,7 +302,7 @@ def print_scores(name: str, scores: dict, summary: dict) -> None:
         own = {method: scores[fill][method][kind] for method in summary}
         methods = [method for method in own if method not in CONTROLS]
         best = max(methods, key=lambda method: own[method].mean())
-        chance = own["random"] if kind == "SaCo" else 0  # the others are differences from it
+        chance = own["random"] if kind == "SaCo" else 0
         lists = {
             "not different from it": [m for m in methods if not above(own[best], own[m])],
             "not above chance": [m for m in methods if not above(own[m], chance)],
@@ -345,8 +345,8 @@ def main(argv=None):
         skipped = [name for name in args.method or () if name in reasons]
         if not methods[model.name]:
             possible = ", ".join(name for name in METHODS if name not in reasons)
-            name = skipped[0]
-            raise UserError(f"--method {name}: {model.name} {reasons[name]}; use {possible}")
+            why = f"{model.name} {reasons[skipped[0]]}; use {possible}"
+            raise UserError(f"--method {skipped[0]}: {why}")
         for name in skipped:
             print(f"{name}: {model.name} {reasons[name]}")
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]

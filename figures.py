@@ -97,8 +97,7 @@ class Scale:
         if self is SCALES["uniform"]:
             top = max(top, 2.0)  # so that nearly uniform attention is pale
             return LogNorm(1 / top, top, clip=True)
-        top = top or 1.0  # all is 0: neutral
-        return Normalize(-top if self is SCALES["signed"] else 0, top, clip=True)
+        return Normalize(-(top or 1) if self is SCALES["signed"] else 0, top or 1, clip=True)
 
     def strength(self, shares: np.ndarray) -> np.ndarray:
         """How much of an overlay is colour, for values normalised to 0 ... 1."""

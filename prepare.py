@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import distributed
 from batches import Batches, batch_size_to_explain, batch_size_without_training, predict
 from checkpoint import load_model, make_metadata
 from cli import (
@@ -45,7 +46,7 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         UserError: no such device, no data, a network that cannot be built, or other images than
             those of the run to resume.
     """
-    device = use_device(flags)
+    device = distributed.start(use_device(flags))
     amp_dtype = choose_amp(flags.amp, device)
     if flags.dataset != "folder" and flags.image_size != 32:
         advice = "use other weights" if flags.init else "omit it"
@@ -79,11 +80,13 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     train_batches, val_batches = make_batches(data, flags, device)
     choices = {key: config[key] for key in config if key not in ("classes", "image_size")}
     threads = f" (threads: {torch.get_num_threads()})" if device.type == "cpu" else ""
+    several = distributed.world_size() > 1
+    processes = f"{distributed.world_size()} processes, each on " if several else ""
     print(
         f"{data.name}: {len(data.classes)} classes ({quoted(data.classes)}); "
         f"{len(data.train):,} training, {len(data.val):,} validation, "
         f"{len(data.test):,} test images; {model_name} of {count_parameters(model):,} parameters; "
-        f"{flags.epochs} epochs, batch {flags.batch_size}, on {device.type}{threads}, "
+        f"{flags.epochs} epochs, batch {flags.batch_size}, on {processes}{device.type}{threads}, "
         f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
         + (f"; {as_flags(choices | {'flip': flags.flip})}" if data.name == "digits" else "")
         + "".join(f"; {printable(note)}" for note in notes)

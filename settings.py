@@ -7,6 +7,7 @@ changes, 4. the script's recipe. With --resume the values come from the checkpoi
 import argparse
 from pathlib import Path
 
+import distributed
 from checkpoint import load_checkpoint
 from cli import (
     Finished,
@@ -27,6 +28,7 @@ from models import network_defaults
 
 # Flags that may differ when a training is resumed: how and where it runs.
 CHANGEABLE = {"device", "threads", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
+CHANGEABLE |= {"pictures", "run_id"}
 
 FREE = {"drop_path"}  # of the network, but without weights: may differ with --init
 
@@ -99,6 +101,7 @@ def _add_run_flags(group) -> None:
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="resume the run in --out-dir")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
+    add("--pictures", choices=("on", "off"), default="on", help="pictures in TensorBoard")
     add(
         "--limit-batches",
         type=integer(1, 2**31),
@@ -134,12 +137,20 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
     namespace = argparse.Namespace(**dict.fromkeys(defaults, not_typed))
     typed = vars(parser.parse_args(argv, namespace))
     typed = {key: value for key, value in typed.items() if value is not not_typed}
+    typed["run_id"] = distributed.run_id()
     values = defaults | (best if typed.get("recipe") == "best" else {})
     values |= (digits if typed.get("dataset") == "digits" else {}) | typed
     if values["out_dir"] is None:
         suffix = "-best" if values["recipe"] == "best" else ""
         values["out_dir"] = Path("runs", f"{values['dataset']}-{model_name}{suffix}")
-    out_dir = values["out_dir"]
+    out_dir, first = values["out_dir"], not distributed.rank()
+    if distributed.restarted() and saved_run_id(out_dir) == values["run_id"]:
+        values["resume"] = True
+    if values["batch_size"] % distributed.world_size():
+        raise UserError(
+            f"--batch-size {values['batch_size']} is not a multiple of the number of processes, "
+            f"{distributed.world_size()}: choose one that is"
+        )
     if not values["resume"]:
         with writing(f"--out-dir {out_dir}"):
             occupied = list(out_dir.glob("*.pt"))
@@ -149,11 +160,12 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
                 "or choose another --out-dir"
             )
         images = values["data_dir"] if values["dataset"] == "folder" else None
-        make_out_dir(out_dir, images)
+        if first:
+            make_out_dir(out_dir, images)
         if values["init"] is not None:
             values |= network_of(values["init"], model_name, typed, defaults)
         return argparse.Namespace(**values), None
-    if out_dir.is_dir():
+    if out_dir.is_dir() and first:
         make_out_dir(out_dir)  # before last.pt is read, which another program may be writing
     checkpoint = load_run(out_dir, model_name)
     saved = defaults | checkpoint["settings"]  # an older run may lack a flag
@@ -178,6 +190,12 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
         if values.get(key) is not None:
             values[key] = Path(values[key])
     return argparse.Namespace(**values), checkpoint
+
+
+def saved_run_id(out_dir: Path) -> str | None:
+    """The run that the last.pt there is of, as `distributed.run_id`."""
+    last = out_dir / "last.pt"
+    return load_checkpoint(last)["settings"].get("run_id") if last.is_file() else None
 
 
 def load_run(out_dir: Path, model_name: str) -> dict:

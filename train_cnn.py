@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import command, integer, run
+from logs import Pictures
 from optimizers import muon_and_adamw
 from prepare import prepare, print_next_steps
 from settings import parse_flags, training_parser
@@ -77,7 +78,12 @@ def main(argv=None):
         whiten(model, next(iter(train_batches))[0])
     optimizer = make_optimizer(model, flags)
     settings = TrainingSettings.from_flags(flags)
-    last = train(model, optimizer, train_batches, val_batches, settings, metadata, checkpoint)
+    pictures = None
+    if flags.pictures == "on":
+        pictures = Pictures(train_batches, val_batches, metadata, settings)
+    last = train(
+        model, optimizer, train_batches, val_batches, settings, metadata, checkpoint, pictures
+    )
     print_next_steps(last, flags.out_dir)
 
 

@@ -11,6 +11,7 @@ with tensorboard --logdir runs
 
 from batches import DistillationBatches
 from cli import command, integer, path_type, positive, real, run
+from logs import Pictures
 from optimizers import muon_and_adamw
 from prepare import load_teacher, prepare, print_next_steps
 from settings import parse_flags, training_parser
@@ -72,7 +73,12 @@ def main(argv=None):
         train_batches = DistillationBatches(train_batches, teacher)
     optimizer = make_optimizer(model, flags)
     settings = TrainingSettings.from_flags(flags)
-    last = train(model, optimizer, train_batches, val_batches, settings, metadata, checkpoint)
+    pictures = None
+    if flags.pictures == "on":
+        pictures = Pictures(train_batches, val_batches, metadata, settings)
+    last = train(
+        model, optimizer, train_batches, val_batches, settings, metadata, checkpoint, pictures
+    )
     print_next_steps(last, flags.out_dir)
 
 

@@ -9,15 +9,19 @@ import itertools
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import distributed
+from batches import epoch_seed
 from checkpoint import check_finite, check_metadata, restore, save_epoch, training_state
-from cli import choose_amp, printable, writing
+from cli import choose_amp
+from logs import close_logs, log_epoch, open_logs, remove_files
 from models import unwrap
+from optimizers import learning_rates
+from stopping import finishing_steps, stop_if_asked
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -42,8 +46,14 @@ class TrainingSettings:
         return cls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(cls)})
 
 
-def train(model, optimizer, train_batches, val_batches, settings, metadata, checkpoint=None):
+@finishing_steps
+def train(
+    model, optimizer, train_batches, val_batches, settings, metadata, checkpoint=None, pictures=None
+):
     """Train `model`, write last.pt, best.pt and curves, and return the content of last.pt, a dict.
+
+    Under `torchrun` every process calls this with the same arguments, and trains on its part of
+    each batch; see `distributed.py`.
 
     Args:
         model: on its device; may be wrapped in torch.compile or DataParallel.
@@ -54,9 +64,11 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
         settings: a `TrainingSettings`.
         metadata: what `checkpoint.make_metadata` returns.
         checkpoint: the content of the last.pt to resume from, or None.
+        pictures: called after each epoch, as `logs.Pictures`, or None.
 
     Raises:
         UserError: wrong metadata, a checkpoint that does not fit, or a loss that is not finite.
+        Stopped: SIGINT or SIGTERM has come; a step was finished.
     """
     network = unwrap(model)  # without a wrapper, whose prefix would end in the checkpoint's keys
     device = next(network.parameters()).device
@@ -70,19 +82,22 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
     step, best, history, last = 0, None, [], checkpoint
     if checkpoint is not None:
         step, best, history = restore(checkpoint, network, optimizer, scaler, ema, settings.out_dir)
+    model = distributed.wrap(model)  # averages gradients over the processes, if there are several
     seconds = history[-1]["seconds"] if history else 0.0
-    log_train, log_val, replaced = open_logs(settings, step, metadata["settings"])
+    logs, replaced = open_logs(settings, step, metadata, network)
 
     for epoch in range(len(history) + 1, epochs + 1):
-        # 1. Seed: order, augmentation and stochastic depth follow from (seed, epoch). So no random
-        #    state has to be saved, and a resumed run is the same run.
+        # 1. Seed: order and augmentation follow from (seed, epoch), what the network draws from
+        #    (seed, epoch, process). So no random state is saved, and a resumed run is the same run.
         torch.manual_seed(epoch_seed(settings.seed, epoch))
+        batches = drawn_apart(train_batches, epoch_seed(settings.seed, epoch, distributed.rank()))
         model.train()  # batch norm and stochastic depth behave differently in eval mode
         loss_sum, correct, norm_sum = torch.zeros(3, device=device)
-        seen, first_step, started = 0, step, time.perf_counter()
+        seen, points, started = 0, [], time.perf_counter()
 
-        for images, labels in progress(train_batches, f"epoch {epoch}/{epochs}", steps_per_epoch):
-            images, labels = images.to(device), labels.to(device)
+        for images, labels in progress(batches, f"epoch {epoch}/{epochs}", steps_per_epoch):
+            seen += len(labels)
+            images, labels = distributed.own_part(images.to(device), labels.to(device))
 
             # 2. Learning rate: a function of the step, so there is no scheduler state to save.
             lr = float(lr_at(step, total_steps, settings.warmup, settings.lr))
@@ -96,7 +111,6 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
             loss_sum += loss.detach() * len(labels)  # without detach the graph would be kept
             correct += (logits.argmax(1) == class_numbers(labels)).sum()
-            seen += len(labels)
 
             # 4. Backward: the scaler enlarges the loss, so that small float16 gradients do not
             #    become 0. Where it is disabled, its methods change nothing.
@@ -111,25 +125,34 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
             scaler.update()
             optimizer.zero_grad()  # or the next gradients would be added to these
             step += 1
+            points.append(
+                {"loss": loss.detach(), "gradient norm": norm} | learning_rates(optimizer)
+            )
 
             # 6. Average: a moving average of the weights usually scores higher than the last ones.
             if ema is not None:
                 update_average(ema, network, step, settings.ema_decay)
 
+        loss_sum, correct = distributed.summed(loss_sum, correct)
         row = {"epoch": epoch, "step": step, "lr": lr}
         row |= {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
-        row |= {"grad_norm": norm_sum.item() / (step - first_step)}
+        row |= {"grad_norm": norm_sum.item() / len(points)}
         epoch_seconds = time.perf_counter() - started  # after .item(), which waits for the GPU
         seconds += epoch_seconds
         row |= {"seconds": seconds, "images_per_second": seen / epoch_seconds}
 
         # 7. Validate (the averaged weights). This chooses best.pt; the test set never does.
-        row |= validate(network if ema is None else ema, val_batches, settings, autocast)
+        scored = network if ema is None else ema
+        distributed.average_statistics(network, ema)
+        scores, answers = validate(scored, val_batches, settings, autocast)
+        row |= scores
         check_finite(network, row, settings)
 
         # 8. Log: the history is also in the checkpoint, for figures without TensorBoard.
         history.append(row)
-        log_row(row, log_train, log_val)
+        log_epoch(logs, row, points)
+        if pictures is not None:
+            pictures(logs, row, scored, answers)
 
         # 9. Save: an interruption loses one epoch at most. What is replaced goes only now.
         if is_best(row, best):
@@ -139,7 +162,7 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
         save_epoch(settings.out_dir, last)
         remove_files(replaced)
 
-    close_logs(log_train, log_val)
+    close_logs(logs)
     return last
 
 
@@ -147,8 +170,42 @@ def train(model, optimizer, train_batches, val_batches, settings, metadata, chec
 
 
 def progress(batches, title: str, steps: int):
-    """The first `steps` batches, with a progress bar where there is a terminal."""
-    return tqdm(itertools.islice(batches, steps), title, steps, leave=False, disable=None)
+    """The first `steps` batches, with a progress bar where there is a terminal.
+
+    Raises:
+        Stopped: a signal to stop came while the last one was used.
+    """
+    for batch in tqdm(itertools.islice(batches, steps), title, steps, leave=False, disable=None):
+        yield batch
+        stop_if_asked()
+
+
+def drawn_apart(batches, seed: int):
+    """The batches. Between them, PyTorch's generators have a state of their own, made from `seed`.
+
+    So a network that draws (stochastic depth) changes no batch, and may draw other numbers in each
+    process while all of them get the same batches.
+    """
+    batches, of_batches = iter(batches), generator_states()
+    torch.manual_seed(seed)
+    while True:
+        of_network = generator_states(of_batches)
+        batch = next(batches, None)
+        of_batches = generator_states(of_network)
+        if batch is None:
+            return
+        yield batch
+
+
+def generator_states(new=None):
+    """The states of PyTorch's generators on the CPU and the GPU; `new` states replace them."""
+    gpu = torch.cuda.is_initialized()
+    states = torch.get_rng_state(), torch.cuda.get_rng_state() if gpu else None
+    if new is not None:
+        torch.set_rng_state(new[0])
+    if new is not None and new[1] is not None:
+        torch.cuda.set_rng_state(new[1])
+    return states
 
 
 def limited_length(batches, limit: int | None) -> int:
@@ -160,12 +217,6 @@ def limited_length(batches, limit: int | None) -> int:
     if not len(batches):
         raise ValueError("no batches: there are fewer images than one batch has, or none")
     return min(len(batches), limit or len(batches))
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """One well-mixed 64-bit number for each (seed, epoch)."""
-    # seed + epoch would not do: epoch 2 of seed 0 would be epoch 1 of seed 1.
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
 
 
 def lr_at(step: int, total_steps: int, warmup: float, peak: float) -> float:
@@ -202,27 +253,31 @@ def update_average(ema: nn.Module, network: nn.Module, step: int, decay: float) 
 
 
 @torch.no_grad()
-def validate(network, batches, settings, autocast) -> dict:
-    """`val_loss` and `val_accuracy` over all batches; both None without batches.
+def validate(network, batches, settings, autocast) -> tuple[dict, tuple | None]:
+    """`val_loss` and `val_accuracy` over all batches, and (logits (N, C), labels (N,)).
 
-    The loss is smoothed as in training, so that the two can be compared.
+    The loss is the plain cross-entropy, without label smoothing. Without batches all is None.
     """
     if not batches:
-        return {"val_loss": None, "val_accuracy": None}
+        return {"val_loss": None, "val_accuracy": None}, None
     network.eval()  # batch norm uses its running statistics, not those of the batch
     device = next(network.parameters()).device
-    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    own = slice(distributed.rank(), None, distributed.world_size())  # rows of this process
+    answers, labels = [], []
     steps = limited_length(batches, settings.limit_batches)
-    for images, labels in progress(batches, "validation", steps):
-        images, labels = images.to(device), labels.to(device)
+    for images, numbers in progress(batches, "validation", steps):
         with autocast:
-            logits = network(images).float()
-        smoothing = settings.label_smoothing
-        # A sum, because a mean of means would give an incomplete last batch too much weight.
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-        correct += (logits.argmax(1) == class_numbers(labels)).sum()
-        seen += len(labels)
-    return {"val_loss": loss_sum.item() / seen, "val_accuracy": correct.item() / seen}
+            part = network(images[own].to(device)).float()
+        # Rows of the other processes are 0 here, so a sum puts all together, each image once.
+        answers.append(part.new_zeros(len(images), part.shape[1]))
+        answers[-1][own] = part
+        labels.append(class_numbers(numbers.to(device)))
+    (logits,), labels = distributed.summed(torch.cat(answers)), torch.cat(labels)
+    loss, correct = (
+        F.cross_entropy(logits, labels).item(),
+        (logits.argmax(1) == labels).sum().item(),
+    )
+    return {"val_loss": loss, "val_accuracy": correct / len(labels)}, (logits, labels)
 
 
 def is_best(row: dict, best: dict | None) -> bool:
@@ -232,78 +287,3 @@ def is_best(row: dict, best: dict | None) -> bool:
     """
     accuracy = row["val_accuracy"]
     return best is None or accuracy is None or accuracy >= best["val_accuracy"]
-
-
-# ---------------------------------------------------------------- logs
-
-COLUMNS = (  # heading, key of the row, format: all as wide as the heading
-    ("epoch", "epoch", "d"),
-    ("   step", "step", "d"),
-    ("train loss", "train_loss", ".4f"),
-    ("train acc", "train_accuracy", ".2%"),
-    ("val loss", "val_loss", ".4f"),
-    ("val acc", "val_accuracy", ".2%"),
-    ("grad norm", "grad_norm", ".3f"),
-    ("images/s", "images_per_second", ".0f"),
-    ("  seconds", "seconds", ".1f"),
-)
-TABLE_HEAD = "  ".join(heading for heading, _, _ in COLUMNS)
-
-
-def table_row(row: dict) -> str:
-    """A row of the history under TABLE_HEAD."""
-    cells = []
-    for heading, key, form in COLUMNS:
-        text = "-" if row[key] is None else format(row[key], form)
-        cells.append(text.rjust(len(heading)))
-    return "  ".join(cells)
-
-
-def open_logs(settings, step: int, flags: dict):
-    """Print the table's head; open two TensorBoard writers, whose curves share each chart.
-
-    Also returns the event files of a run that --overwrite replaces.
-    """
-    from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
-
-    # What an interrupted run logged after its last checkpoint is hidden. The curves of a run that
-    # is replaced are not: they stay until the new run has saved an epoch.
-    folders, replaced = [Path(settings.out_dir, part) for part in ("train", "val")], []
-    if settings.overwrite and step == 0:
-        replaced = [file for folder in folders for file in folder.glob("events.out.tfevents.*")]
-    purge_step = None if replaced else step + 1
-    with writing(settings.out_dir):
-        log_train, log_val = (SummaryWriter(folder, purge_step=purge_step) for folder in folders)
-    # In Markdown, values are code: a name such as _draft_ is shown as it is.
-    table = [f"|{k}|`{printable(v).replace('`', '')}`|" for k, v in flags.items()]
-    log_train.add_text("settings", "\n".join(["|setting|value|", "|---|---|", *table]), step)
-    print(TABLE_HEAD, flush=True)
-    return log_train, log_val, replaced
-
-
-def log_row(row: dict, log_train, log_val) -> None:
-    """Print a row of the history, and add its points to TensorBoard, at the row's step."""
-    print(table_row(row), flush=True)
-    with writing(log_train.log_dir, needed=False):
-        for tag in ("loss", "accuracy"):
-            log_train.add_scalar(tag, row[f"train_{tag}"], row["step"])
-            if row[f"val_{tag}"] is not None:
-                log_val.add_scalar(tag, row[f"val_{tag}"], row["step"])
-        log_train.add_scalar("learning rate", row["lr"], row["step"])
-        log_train.add_scalar("gradient norm", row["grad_norm"], row["step"])
-        log_train.add_scalar("images per second", row["images_per_second"], row["step"])
-        log_train.flush()
-        log_val.flush()
-
-
-def close_logs(*logs) -> None:
-    """Write what is left."""
-    for log in logs:
-        with writing(log.log_dir, needed=False):
-            log.close()
-
-
-def remove_files(files: list[Path]) -> None:
-    """Remove the files, and empty the list."""
-    while files:
-        files.pop().unlink(missing_ok=True)

@@ -39,15 +39,15 @@ def interrupted(monkeypatch):
     import training
 
     def call(main, *argv):
-        real = training.log_row
+        real = training.log_epoch
 
-        def stop_in_the_second_epoch(row, *logs):
+        def stop_in_the_second_epoch(logs, row, points):
             if row["epoch"] == 2:
                 raise KeyboardInterrupt
-            real(row, *logs)
+            real(logs, row, points)
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-            patch.setattr(training, "log_row", stop_in_the_second_epoch)
+            patch.setattr(training, "log_epoch", stop_in_the_second_epoch)
             main([str(a) for a in argv])
         assert end.value.code == 130
 
@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
     import train_vit
 
     folder = tmp_path_factory.mktemp("trained")
-    common = ["--dataset", "digits", "--epochs", "2", "--device", "cpu"]
+    common = ["--dataset", "digits", "--epochs", "2", "--device", "cpu", "--pictures", "off"]
     train_cnn.main([*common, *TINY_CNN, "--out-dir", str(folder / "digits-cnn")])
     train_vit.main([*common, *TINY_VIT, "--out-dir", str(folder / "digits-vit")])
     return {name: folder / f"digits-{name}" / "best.pt" for name in ("cnn", "vit")}

@@ -29,7 +29,7 @@ from models import CNN, MODELS, ViT
 from optimizers import Muon, muon_and_adamw
 from training import TrainingSettings, epoch_seed, lr_at, update_average
 
-FAST = ["--dataset", "digits", "--device", "cpu", "--limit-batches", "5"]
+FAST = ["--dataset", "digits", "--device", "cpu", "--limit-batches", "5", "--pictures", "off"]
 RANDOM = ["--drop-path", "0.1", "--mix", "0.5", "--auto-augment"]
 
 
@@ -278,7 +278,7 @@ def test_best_pt_has_the_weights_that_were_best_on_validation(tmp_path, monkeypa
 
     def scripted(model, *_):
         weights.append({name: value.clone() for name, value in model.state_dict().items()})
-        return {"val_loss": 1.0, "val_accuracy": next(accuracies)}
+        return {"val_loss": 1.0, "val_accuracy": next(accuracies)}, None
 
     monkeypatch.setattr(training, "validate", scripted)
     train_linear(tmp_path, batches, model, optimizer, epochs=3)
@@ -290,16 +290,18 @@ def test_best_pt_has_the_weights_that_were_best_on_validation(tmp_path, monkeypa
             assert torch.equal(state["model"][name], value)
 
 
-def test_validation_is_the_smoothed_loss_and_accuracy_of_all_images():
+def test_validation_is_the_plain_loss_and_accuracy_of_all_images():
     model, batches, _ = linear_and_batches()
     batches[2] = tuple(part[:3] for part in batches[2])  # an incomplete batch counts as much less
     settings = TrainingSettings(out_dir="", label_smoothing=0.2)
-    found = training.validate(model, batches, settings, contextlib.nullcontext())
+    found, answers = training.validate(model, batches, settings, contextlib.nullcontext())
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     log_p = model(images).log_softmax(1)
-    targets = 0.8 * torch.eye(5)[labels] + 0.2 / 5
-    assert found["val_loss"] == pytest.approx(-(targets * log_p).sum(1).mean().item(), rel=1e-5)
+    plain = -log_p[torch.arange(len(labels)), labels].mean().item()
+    assert found["val_loss"] == pytest.approx(plain, rel=1e-5)
     assert found["val_accuracy"] == (log_p.argmax(1) == labels).sum().item() / 19
+    torch.testing.assert_close(answers[0], model(images))
+    assert torch.equal(answers[1], labels)
 
 
 def test_a_tie_makes_the_later_epoch_the_best():
@@ -465,12 +467,19 @@ def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkey
     for part in ("train", "val"):
         events = EventAccumulator(str(tmp_path / part)).Reload()
         for tag in ("loss", "accuracy"):
-            points = events.Scalars(tag)
+            points = events.Scalars(f"epoch/{tag}")
             assert [p.step for p in points] == [5, 10, 15]
             assert [p.value for p in points] == pytest.approx([r[f"{part}_{tag}"] for r in history])
     train_events = EventAccumulator(str(tmp_path / "train")).Reload()
     tags = train_events.Tags()
-    assert {"learning rate", "gradient norm", "images per second"} <= set(tags["scalars"])
+    rates = {"step/learning rate Muon", "step/learning rate AdamW"}
+    assert {"step/loss", "step/gradient norm", *rates} < set(tags["scalars"])
+    losses = train_events.Scalars("step/loss")
+    assert [p.step for p in losses] == list(range(1, 16))
+    mean = np.mean([p.value for p in losses[5:10]])
+    assert mean == pytest.approx(history[1]["train_loss"], rel=1e-5)
+    rate = train_events.Scalars("step/learning rate Muon")[-1].value
+    assert rate == pytest.approx(history[-1]["lr"] * 0.02 / 5e-3, rel=1e-5)
     (tag,) = (tag for tag in tags["tensors"] if "settings" in tag)
     assert b"|batch_size|`32`|" in train_events.Tensors(tag)[0].tensor_proto.string_val[0]
 

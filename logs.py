@@ -1,0 +1,243 @@
+"""What a training shows: a row per epoch in the terminal; curves, text and pictures in TensorBoard.
+
+x is the number of steps done, everywhere. Only the first process writes; in others `Logs` is None.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.utils import make_grid
+
+import distributed
+from batches import epoch_seed
+from checkpoint import formula_image
+from cli import printable, writing
+
+COLUMNS = (  # heading, key of the row, format: all as wide as the heading
+    ("epoch", "epoch", "d"),
+    ("   step", "step", "d"),
+    ("train loss", "train_loss", ".4f"),
+    ("train acc", "train_accuracy", ".2%"),
+    ("val loss", "val_loss", ".4f"),
+    ("val acc", "val_accuracy", ".2%"),
+    ("grad norm", "grad_norm", ".3f"),
+    ("images/s", "images_per_second", ".0f"),
+    ("  seconds", "seconds", ".1f"),
+)
+TABLE_HEAD = "  ".join(heading for heading, _, _ in COLUMNS)
+
+
+def table_row(row: dict) -> str:
+    """A row of the history under TABLE_HEAD."""
+    cells = []
+    for heading, key, form in COLUMNS:
+        text = "-" if row[key] is None else format(row[key], form)
+        cells.append(text.rjust(len(heading)))
+    return "  ".join(cells)
+
+
+@dataclasses.dataclass
+class Logs:
+    """Two TensorBoard writers, whose curves share each chart."""
+
+    train: "SummaryWriter"  # noqa: F821, imported late
+    val: "SummaryWriter"  # noqa: F821
+
+
+def open_logs(settings, step: int, metadata: dict, network: nn.Module):
+    """Print the table's head, open the writers, write settings and layers as text.
+
+    Returns:
+        (`Logs` or None, the event files of a run that --overwrite replaces).
+    """
+    print(TABLE_HEAD, flush=True)
+    if distributed.rank():
+        return None, []
+    from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
+
+    # What an interrupted run logged after its last checkpoint is hidden. The curves of a run that
+    # is replaced are not: they stay until the new run has saved an epoch.
+    folders, replaced = [Path(settings.out_dir, part) for part in ("train", "val")], []
+    if settings.overwrite and step == 0:
+        replaced = [file for folder in folders for file in folder.glob("events.out.tfevents.*")]
+    purge_step = None if replaced else step + 1
+    with writing(settings.out_dir):
+        logs = Logs(*(SummaryWriter(folder, purge_step=purge_step) for folder in folders))
+    loss = "train: what is minimised, with label smoothing; val: plain cross-entropy, without"
+    about = {"epoch/loss": loss} | metadata["settings"]
+    logs.train.add_text("settings", markdown(["setting", "value"], about.items()), step)
+    logs.train.add_text("layers", layer_table(network, metadata["dataset"]["image_size"]), step)
+    return logs, replaced
+
+
+def log_epoch(logs: Logs | None, row: dict, points: list[dict]) -> None:
+    """Print a row of the history; add it, and a point for each of its steps, to TensorBoard.
+
+    points: for each step numbers by name. The loss of one is the mean over the processes.
+    """
+    print(table_row(row), flush=True)
+    curves = {name: torch.stack([torch.as_tensor(p[name]) for p in points]) for name in points[0]}
+    curves["loss"] = distributed.summed(curves["loss"])[0] / distributed.world_size()
+    if logs is None:
+        return
+    with writing(logs.train.log_dir, needed=False):
+        for tag in ("loss", "accuracy"):
+            logs.train.add_scalar(f"epoch/{tag}", row[f"train_{tag}"], row["step"])
+            if row[f"val_{tag}"] is not None:
+                logs.val.add_scalar(f"epoch/{tag}", row[f"val_{tag}"], row["step"])
+        logs.train.add_scalar("epoch/images per second", row["images_per_second"], row["step"])
+        first = row["step"] - len(points) + 1
+        for name, values in curves.items():
+            for step, value in enumerate(values.tolist(), first):
+                logs.train.add_scalar(f"step/{name}", value, step)
+        logs.train.flush()
+        logs.val.flush()
+
+
+def close_logs(logs: Logs | None) -> None:
+    """Write what is left."""
+    for log in (logs.train, logs.val) if logs else ():
+        with writing(log.log_dir, needed=False):
+            log.close()
+
+
+def remove_files(files: list[Path]) -> None:
+    """Remove the files, and empty the list."""
+    while files:
+        files.pop().unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- text
+
+
+def markdown(head: list[str], rows) -> str:
+    """A table. Values are code: a name such as _draft_ is shown as it is."""
+    lines = [f"|{'|'.join(head)}|", "|---" * len(head) + "|"]
+    for first, *rest in rows:
+        cells = "|".join(f"`{printable(value).replace('`', '')}`" for value in rest)
+        lines.append(f"|{first}|{cells}|")
+    return "\n".join(lines)
+
+
+def layer_table(network: nn.Module, image_size: int) -> str:
+    """Markdown: for each layer its output's shape, parameters and multiply-adds for one image."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes half a second
+
+    shapes, copied = {}, copy.deepcopy(network).cpu().eval()
+    layers = {name: m for name, m in copied.named_modules() if name and name.count(".") < 2}
+
+    def note_shape(name, output):
+        output = output if torch.is_tensor(output) else output[0]
+        shapes[name] = "×".join(map(str, output.shape[1:]))
+
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, __, output, name=name: note_shape(name, output))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        image = formula_image(image_size)
+        if hasattr(copied, "forward_features"):  # with attention written out, so that it counts
+            copied.forward_head(copied.forward_features(image, return_intermediates=True)[0])
+        else:
+            copied(image)
+    counts = {name: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items()}
+    kind = type(copied).__name__
+    rows = [
+        (name, type(layer).__name__, shapes.get(name, ""),
+         f"{sum(p.numel() for p in layer.parameters()):,}", f"{counts.get(f'{kind}.{name}', 0):,}")
+        for name, layer in {**layers, "": copied}.items()
+    ]  # fmt: skip
+    rows[-1] = ("**all**", kind, "", rows[-1][3], f"{counts.get('Global', 0):,}")
+    return markdown(["layer", "kind", "output", "parameters", "multiply-adds"], rows)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+class Pictures:
+    """Pictures for TensorBoard, after epochs 1, 2, 4, 8, ... and the last. `train` calls it.
+
+    The first augmented images; eight validation images, explained, the same each time; the
+    confusion matrix of validation and its most confident mistakes. No random state is changed.
+
+    Args:
+        train_batches: `Batches`, or what has them as `batches`.
+        val_batches: `Batches`, or None.
+        metadata: as that of `train`.
+        settings: a `TrainingSettings`.
+    """
+
+    def __init__(self, train_batches, val_batches, metadata: dict, settings):
+        self.train_batches, self.val_batches = train_batches, val_batches
+        self.metadata, self.settings = metadata, settings
+
+    def __call__(self, logs: Logs | None, row: dict, network: nn.Module, answers) -> None:
+        """Draw.
+
+        Args:
+            logs: the writers.
+            row: of the history.
+            network: whose validation the row has.
+            answers: (logits (N, C), labels (N,)) of validation, or None.
+        """
+        epoch, step = row["epoch"], row["step"]
+        if logs is None or (epoch & (epoch - 1) and epoch != self.settings.epochs):
+            return
+        with writing(logs.train.log_dir, needed=False):
+            logs.train.add_image(
+                "pictures/augmented", self.augmented(epoch), step, dataformats="HWC"
+            )
+            if answers is not None:
+                for name, figure in self.figures(network, *(a.cpu() for a in answers)).items():
+                    logs.val.add_figure(f"pictures/{name}", figure, step)
+            logs.train.flush()
+            logs.val.flush()
+
+    def augmented(self, epoch: int) -> np.ndarray:
+        """Up to 16 images of the epoch's first batch, four times as large: uint8 (H, W, 3)."""
+        batches = getattr(self.train_batches, "batches", self.train_batches)
+        with torch.random.fork_rng(devices=[]):  # the same draws as in the loop
+            torch.default_generator.manual_seed(epoch_seed(self.settings.seed, epoch))
+            images = next(iter(batches))[0][:16]
+        pixels = (images * batches.std + batches.mean).round().clamp(0, 255).byte()
+        large = pixels.repeat_interleave(4, 2).repeat_interleave(4, 3).cpu()
+        return make_grid(large, nrow=4, pad_value=255).permute(1, 2, 0).numpy()
+
+    def figures(self, network: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> dict:
+        """Explanations, confusion matrix and mistakes, as matplotlib's figures by name."""
+        import figures  # these take seconds to import
+        from attribution import methods_for
+        from examples import Column, Examples, compute_columns
+        from prepare import TrainedModel
+
+        split, classes = self.val_batches.split, self.metadata["classes"]
+        name = self.metadata["model_name"]
+        model = TrainedModel(name, "", network, self.metadata)
+        method = methods_for(network, split.images.shape[-1])[0][0]
+
+        def explained(rows):
+            images, truth = (tensor.cpu() for tensor in split.rows(rows))
+            drawn = list(images.permute(0, 2, 3, 1).numpy())
+            names = [f"true: {label}" for label in figures.shorten([classes[i] for i in truth], 14)]
+            examples = Examples(split.of(images, truth), rows, classes, drawn, names, names)
+            column = Column(name, method, "predicted")
+            compute_columns(model, [column], examples)
+            return figures.plot_explanations(drawn, None, names, [column])[0]
+
+        probability, guess = logits.softmax(1).max(1)
+        wrong = guess != labels
+        surest = (probability * wrong).argsort(descending=True)[: min(8, int(wrong.sum()))]
+        counts = torch.bincount(labels * len(classes) + guess, minlength=len(classes) ** 2)
+        scores = {
+            "confusion_matrix": counts.view(len(classes), -1).tolist(),
+            "accuracy": 1 - wrong.sum().item() / len(labels),
+            "images": len(labels),
+        }
+        rows = torch.linspace(0, len(labels) - 1, min(8, len(labels))).long()
+        found = {"explained": explained(rows)}
+        found |= {"most confident mistakes": explained(surest)} if len(surest) else {}
+        return found | {
+            "confusion": figures.plot_confusion({f"{name}, validation": scores}, classes)
+        }

@@ -1,0 +1,75 @@
+"""Signals that end a training: SIGINT (Ctrl-C) and SIGTERM wait for the end of a step."""
+
+import functools
+import shlex
+import signal
+import threading
+from pathlib import Path
+
+import distributed
+
+_signals: list[int] = []  # that have come during `train`
+
+
+class Stopped(Exception):  # noqa: N818, it is no error
+    """A signal has ended a training.
+
+    number: the signal's.
+    out_dir: where the checkpoints are.
+    saved: whether this training has written any, or was resumed from one.
+    """
+
+    number: int
+    out_dir: Path
+    saved: bool
+
+
+def stop_if_asked() -> None:
+    """Raise `Stopped` if a signal has come. The loop calls this between steps."""
+    if _signals:
+        raise Stopped
+
+
+def finishing_steps(train):
+    """Decorate `train`: after a signal a step is finished; a second signal ends at once."""
+
+    @functools.wraps(train)
+    def wrapper(model, optimizer, train_batches, val_batches, settings, *rest, **named):
+        last, handlers = Path(settings.out_dir, "last.pt"), {}
+
+        def written():
+            return last.stat().st_mtime_ns if last.exists() else None
+
+        def restore():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+        def note(number, _):
+            _signals.append(number)
+            restore()
+
+        before = written() if settings.overwrite else None  # else it is of the run to resume
+        _signals.clear()
+        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, note) or signal.SIG_DFL
+        try:
+            return train(model, optimizer, train_batches, val_batches, settings, *rest, **named)
+        except Stopped as stop:
+            stop.number, stop.out_dir, stop.saved = _signals[0], last.parent, written() != before
+            raise
+        finally:
+            restore()
+
+    return wrapper
+
+
+def how_to_resume(stop: Stopped, script: str) -> str:
+    """What to print after a signal."""
+    if not stop.saved:
+        return "stopped before an epoch was saved: start again as before"
+    start = "the same torchrun command with" if distributed.run_id() else "python"
+    return (
+        f"stopped after a step. To resume (the epoch is repeated): {start} {Path(script).name} "
+        f"--resume --out-dir {shlex.quote(str(stop.out_dir))}"
+    )

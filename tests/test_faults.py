@@ -1,0 +1,192 @@
+"""Signals, kills, full disks, power cuts: what they leave, and that a resumed run ends the same."""
+
+import errno
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import TINY_CNN
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint as checkpoint_module
+import stopping
+import train_cnn
+import training
+from checkpoint import load_checkpoint
+
+ARGV = ["--dataset", "digits", "--device", "cpu", "--epochs", "4", *TINY_CNN, "--pictures", "off"]
+ARGV += ["--limit-batches", "10"]
+KILLS = [2, pytest.param(20, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing has disturbed, and how long it took."""
+    folder, started = tmp_path_factory.mktemp("whole"), time.perf_counter()
+    train_cnn.main([*ARGV, "--out-dir", str(folder)])
+    return folder, time.perf_counter() - started
+
+
+def is_the_same(run, whole) -> None:
+    """Whether weights, average, optimizer, history and curves are those of the whole run."""
+    for name in ("last.pt", "best.pt"):
+        one, other = load_checkpoint(run / name), load_checkpoint(whole / name)
+        for part in ("model", "ema"):
+            for key, value in (one[part] or {}).items():
+                assert torch.equal(value, other[part][key]), (name, part, key)
+        without = [
+            [{k: v for k, v in row.items() if "second" not in k} for row in state["history"]]
+            for state in (one, other)
+        ]
+        assert without[0] == without[1] and one["best"] == other["best"]
+    for part, tag in (("train", "epoch/loss"), ("val", "epoch/loss"), ("train", "step/loss")):
+        curves = [EventAccumulator(str(d / part)).Reload().Scalars(tag) for d in (run, whole)]
+        assert [(p.step, p.value) for p in curves[0]] == [(p.step, p.value) for p in curves[1]]
+    assert not list(run.glob(".*.tmp"))
+
+
+def resume(folder, whole) -> None:
+    """Resume, or start again if no epoch was saved; and compare."""
+    saved = (folder / "last.pt").exists()
+    how = ["--resume"] if saved else [*ARGV, "--overwrite"]
+    try:
+        train_cnn.main([*how, "--out-dir", str(folder)])
+    finally:
+        is_the_same(folder, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("when", ["step", "validation", "first epoch"])
+def test_a_signal_ends_after_a_step(tmp_path, whole, capsys, monkeypatch, number, code, when):
+    update, validate, steps = training.update_average, training.validate, []
+
+    def signalled(ema, network, step, decay):
+        steps.append(step)
+        if step == {"step": 25, "first epoch": 7}.get(when):
+            os.kill(os.getpid(), number)
+        update(ema, network, step, decay)
+
+    def signalled_in_validation(*args):
+        if when == "validation" and len(steps) == 20:
+            os.kill(os.getpid(), number)
+        return validate(*args)
+
+    monkeypatch.setattr(training, "update_average", signalled)
+    monkeypatch.setattr(training, "validate", signalled_in_validation)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as end:
+        train_cnn.main([*ARGV, "--out-dir", str(tmp_path)])
+    assert end.value.code == code
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    err = capsys.readouterr().err
+    if when == "first epoch":
+        assert "stopped before an epoch was saved: start again as before" in err
+    else:
+        assert f"python train_cnn.py --resume --out-dir {tmp_path}\n" in err
+    assert steps[-1] == {"step": 25, "validation": 20, "first epoch": 7}[when]
+    monkeypatch.undo()
+    resume(tmp_path, whole[0])
+
+
+def test_a_second_signal_ends_at_once(tmp_path, capsys, monkeypatch):
+    def twice(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still here")
+
+    monkeypatch.setattr(training, "update_average", twice)
+    with pytest.raises(SystemExit) as end:
+        train_cnn.main([*ARGV, "--out-dir", str(tmp_path)])
+    assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+
+def test_the_command_to_resume_is_not_that_of_a_run_to_replace(tmp_path, whole):
+    """--overwrite, and a signal in the first epoch: last.pt is still that of the old run."""
+    last = tmp_path / "last.pt"
+    last.write_bytes((whole[0] / "last.pt").read_bytes())
+    settings = training.TrainingSettings(out_dir=tmp_path, overwrite=True)
+
+    def train(model, optimizer, train_batches, val_batches, settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.stop_if_asked()
+
+    with pytest.raises(stopping.Stopped) as end:
+        stopping.finishing_steps(train)(None, None, None, None, settings)
+    assert "start again as before" in stopping.how_to_resume(end.value, "x.py")
+
+
+def forked(function, *args) -> mp.ProcessContext:
+    """Start function(*args) in another process, quietly."""
+    return mp.start_processes(_quiet, (function, args), 1, join=False, start_method="fork")
+
+
+def _quiet(_, function, args):
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_at_random_moments(tmp_path, whole, kills):
+    """kill -9 of a run again and again; in the end it is the run that was never killed."""
+    moments, folder = random.Random(kills), tmp_path / "run"
+    for i in range(kills):
+        saved = (folder / "last.pt").exists()
+        how = ["--resume"] if saved else [*ARGV, "--overwrite"]
+        process = forked(train_cnn.main, [*how, "--out-dir", str(folder)]).processes[0]
+        process.join(moments.uniform(0.2, whole[1]))
+        process.kill()
+        process.join()
+        if i % 5 == 4 or i == kills - 1:  # a run needs several kills, and there are several runs
+            if (folder / "last.pt").exists() and load_checkpoint(folder / "last.pt")["epoch"] == 4:
+                is_the_same(folder, whole[0])
+            else:
+                resume(folder, whole[0])
+            folder = tmp_path / f"run{i}"
+
+
+def test_a_power_cut_between_the_temporary_file_and_the_rename(tmp_path, whole):
+    """At some of the eight renames of a run."""
+    real = Path.replace
+    for number in (1, 2, 5):
+        folder, done = tmp_path / str(number), []
+
+        def replace(path, target, number=number, done=done):
+            done.append(target)
+            if len(done) == number:
+                os._exit(9)  # nothing is cleaned up
+            return real(path, target)
+
+        def cut(folder, replace=replace):
+            checkpoint_module.Path.replace = replace
+            train_cnn.main([*ARGV, "--out-dir", str(folder)])
+
+        process = forked(cut, folder).processes[0]
+        process.join()
+        assert process.exitcode == 9 and list(folder.glob(".*.tmp"))
+        resume(folder, whole[0])
+
+
+@pytest.mark.parametrize("number", [1, 4, 5])
+def test_a_full_disk(tmp_path, whole, fails, monkeypatch, number):
+    """At the file that is written as number 1, 4, 5 of a run."""
+    real, calls = os.fsync, []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    said = fails(train_cnn.main, *ARGV, "--out-dir", tmp_path)
+    assert "No space left on device): free some space" in said
+    monkeypatch.undo()
+    resume(tmp_path, whole[0])
