@@ -36,6 +36,7 @@ from cli import (
     make_out_dir,
     name_type,
     path_type,
+    printable,
     quoted,
     run,
     use_device,
@@ -50,6 +51,7 @@ from figures import (
     plot_examples,
     with_plain_text,
 )
+from logs import markdown
 from models import count_parameters
 from prepare import TrainedModel, load_data_for, load_models
 
@@ -95,6 +97,7 @@ def evaluate(model: TrainedModel, split, classes: list[str]) -> tuple[dict, str]
         "parameters": count_parameters(model.network),
         "epochs": len(history),
         "epoch": model.checkpoint["epoch"],
+        "step": model.checkpoint["step"],
         "timing": {"training_seconds": history[-1]["seconds"], "evaluation_seconds": seconds},
     }
     present = labels.unique().tolist()
@@ -170,13 +173,14 @@ def write_figures(out_dir: Path, figures: dict, metrics: dict[str, dict], report
         for old in out_dir.glob("events.out.*.evaluation"):
             old.unlink()
         log = SummaryWriter(out_dir, filename_suffix=".evaluation")
+        step = max(m["step"] for m in metrics.values())
         for name, figure in figures.items():
-            log.add_figure(f"evaluation/{name}", figure)
-        for name, m in metrics.items():
-            for key in ("accuracy", "macro_f1", "weighted_f1"):
-                log.add_scalar(f"{m['split']} {key}/{name}", m[key], m["epoch"])
+            log.add_figure(f"evaluation/{name}", figure, step)
+        keys = ("split", "accuracy", "macro_f1", "weighted_f1", "parameters", "step")
+        rows = [(printable(name), *(m[key] for key in keys)) for name, m in metrics.items()]
+        log.add_text("evaluation/scores", markdown(["checkpoint", *keys], rows), step)
         blocks = [f"```\n{report.replace('```', '')}\n```" for report in reports]
-        log.add_text("classification report", "\n\n".join(blocks))
+        log.add_text("evaluation/classification report", "\n\n".join(blocks), step)
         log.close()
 
 

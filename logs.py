@@ -5,6 +5,7 @@ x is the number of steps done, everywhere. Only the first process writes; in oth
 
 import copy
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import distributed
 from batches import epoch_seed
 from checkpoint import formula_image
 from cli import printable, writing
+from settings import CHANGEABLE
 
 COLUMNS = (  # heading, key of the row, format: all as wide as the heading
     ("epoch", "epoch", "d"),
@@ -58,6 +60,7 @@ def open_logs(settings, step: int, metadata: dict, network: nn.Module):
     if distributed.rank():
         return None, []
     from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
+    from torch.utils.tensorboard.summary import hparams
 
     # What an interrupted run logged after its last checkpoint is hidden. The curves of a run that
     # is replaced are not: they stay until the new run has saved an epoch.
@@ -70,8 +73,16 @@ def open_logs(settings, step: int, metadata: dict, network: nn.Module):
     loss = "train: what is minimised, with label smoothing; val: plain cross-entropy, without"
     about = {"epoch/loss": loss} | metadata["settings"]
     logs.train.add_text("settings", markdown(["setting", "value"], about.items()), step)
+    for summary in hparams(hyperparameters(metadata["settings"]), {"epoch/accuracy": 0.0}):
+        logs.val.file_writer.add_summary(summary, step)  # of this run: add_hparams would add one
     logs.train.add_text("layers", layer_table(network, metadata["dataset"]["image_size"]), step)
     return logs, replaced
+
+
+def hyperparameters(flags: dict) -> dict:
+    """What the tab HPARAMS compares: flags that may not change in a run, as simple values."""
+    chosen = {key: value for key, value in flags.items() if key not in CHANGEABLE}
+    return {k: v if isinstance(v, bool | int | float) else str(v) for k, v in chosen.items()}
 
 
 def log_epoch(logs: Logs | None, row: dict, points: list[dict]) -> None:
@@ -89,7 +100,7 @@ def log_epoch(logs: Logs | None, row: dict, points: list[dict]) -> None:
             logs.train.add_scalar(f"epoch/{tag}", row[f"train_{tag}"], row["step"])
             if row[f"val_{tag}"] is not None:
                 logs.val.add_scalar(f"epoch/{tag}", row[f"val_{tag}"], row["step"])
-        logs.train.add_scalar("epoch/images per second", row["images_per_second"], row["step"])
+        logs.train.add_scalar("speed/images per second", row["images_per_second"], row["step"])
         first = row["step"] - len(points) + 1
         for name, values in curves.items():
             for step, value in enumerate(values.tolist(), first):
@@ -127,29 +138,31 @@ def layer_table(network: nn.Module, image_size: int) -> str:
     """Markdown: for each layer its output's shape, parameters and multiply-adds for one image."""
     from torch.utils.flop_counter import FlopCounterMode  # takes half a second
 
-    shapes, copied = {}, copy.deepcopy(network).cpu().eval()
-    layers = {name: m for name, m in copied.named_modules() if name and name.count(".") < 2}
+    copied, before, rows = copy.deepcopy(network).cpu().eval(), {}, []
+    image, counter = formula_image(image_size), FlopCounterMode(display=False)
 
-    def note_shape(name, output):
+    def row(name, layer, output, operations):
+        shape = "×".join(map(str, output.shape[1:]))
+        size = f"{sum(p.numel() for p in layer.parameters()):,}"
+        rows.append((name, type(layer).__name__, shape, size, f"{operations // 2:,}"))
+
+    def note(layer, _, output, name):
         output = output if torch.is_tensor(output) else output[0]
-        shapes[name] = "×".join(map(str, output.shape[1:]))
+        row(name, layer, output, counter.get_total_flops() - before[name])
 
-    for name, layer in layers.items():
-        layer.register_forward_hook(lambda _, __, output, name=name: note_shape(name, output))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        image = formula_image(image_size)
+    for name, layer in copied.named_modules():
+        if name and name.count(".") < 2:
+            layer.register_forward_pre_hook(
+                lambda *_, name=name: before.update({name: counter.get_total_flops()})
+            )
+            layer.register_forward_hook(functools.partial(note, name=name))
+    with torch.no_grad(), counter:
         if hasattr(copied, "forward_features"):  # with attention written out, so that it counts
-            copied.forward_head(copied.forward_features(image, return_intermediates=True)[0])
+            features, _ = copied.forward_features(image, return_intermediates=True)
+            output = copied.forward_head(features)
         else:
-            copied(image)
-    counts = {name: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items()}
-    kind = type(copied).__name__
-    rows = [
-        (name, type(layer).__name__, shapes.get(name, ""),
-         f"{sum(p.numel() for p in layer.parameters()):,}", f"{counts.get(f'{kind}.{name}', 0):,}")
-        for name, layer in {**layers, "": copied}.items()
-    ]  # fmt: skip
-    rows[-1] = ("**all**", kind, "", rows[-1][3], f"{counts.get('Global', 0):,}")
+            output = copied(image)
+    row("**all**", copied, output, counter.get_total_flops())
     return markdown(["layer", "kind", "output", "parameters", "multiply-adds"], rows)
 
 
@@ -160,7 +173,7 @@ class Pictures:
     """Pictures for TensorBoard, after epochs 1, 2, 4, 8, ... and the last. `train` calls it.
 
     The first augmented images; eight validation images, explained, the same each time; the
-    confusion matrix of validation and its most confident mistakes. No random state is changed.
+    confusion matrix of validation and its four most confident mistakes. No random state is changed.
 
     Args:
         train_batches: `Batches`, or what has them as `batches`.
@@ -228,7 +241,7 @@ class Pictures:
 
         probability, guess = logits.softmax(1).max(1)
         wrong = guess != labels
-        surest = (probability * wrong).argsort(descending=True)[: min(8, int(wrong.sum()))]
+        surest = (probability * wrong).argsort(descending=True)[: min(4, int(wrong.sum()))]
         counts = torch.bincount(labels * len(classes) + guess, minlength=len(classes) ** 2)
         scores = {
             "confusion_matrix": counts.view(len(classes), -1).tolist(),

@@ -94,9 +94,13 @@ def test_tensorboard_has_figures_and_numbers(results, trained):
 
     events = EventAccumulator(str(results)).Reload()
     written = json.loads((results / "metrics.json").read_text())
-    assert "evaluation/confusion_matrix" in events.Tags()["images"]
-    (point,) = events.Scalars("test accuracy/digits-cnn")
-    assert point.value == pytest.approx(written[str(trained["cnn"])]["accuracy"])
+    tags, m = events.Tags(), written[str(trained["cnn"])]
+    assert not tags["scalars"]  # no card per number
+    (image,) = events.Images("evaluation/confusion_matrix")
+    assert image.step == max(other["step"] for other in written.values())
+    (text,) = events.Tensors("evaluation/scores/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    assert f"|digits-cnn|`test`|`{m['accuracy']}`|" in table and text.step == image.step
 
 
 def test_classes_match_by_name_not_by_place(trained, tmp_path):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import cli
 import evaluate
 import explain
+import logs
 import optimizers
 import prepare
 import settings as settings_module
@@ -571,7 +572,7 @@ def test_overwrite_removes_a_runs_own_files_only(tmp_path):
     train_cnn.main([*argv, "--overwrite", "--seed", "1"])
     assert all((tmp_path / name).exists() for name in mine)
     assert len(list(tmp_path.glob("train/events.out.*"))) == 1
-    (point,) = EventAccumulator(str(tmp_path / "train")).Reload().Scalars("loss")
+    (point,) = EventAccumulator(str(tmp_path / "train")).Reload().Scalars("epoch/loss")
     history = load_checkpoint(tmp_path / "last.pt")["history"]
     assert point.value == pytest.approx(history[0]["train_loss"])  # the new run's
 
@@ -582,7 +583,7 @@ def test_rows_are_as_wide_as_their_head():
         "val_accuracy": None, "lr": 0.1, "grad_norm": math.pi, "images_per_second": 123456.0,
         "seconds": 12345.6,
     }  # fmt: skip
-    assert len(training.table_row(row)) == len(training.TABLE_HEAD)
+    assert len(logs.table_row(row)) == len(logs.TABLE_HEAD)
 
 
 def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
@@ -735,7 +736,7 @@ def test_an_overwriting_run_that_fails_leaves_the_old_one(tmp_path, fails):
     fails(train_cnn.main, *argv, "--overwrite", "--lr", "1e39")
     assert before == {path: path.read_bytes() for path in before}
     for part in ("train", "val"):
-        assert EventAccumulator(str(tmp_path / part)).Reload().Scalars("loss")  # not hidden
+        assert EventAccumulator(str(tmp_path / part)).Reload().Scalars("epoch/loss")  # not hidden
 
 
 def test_what_is_typed_goes_before_digits_and_digits_before_the_recipe(tmp_path, monkeypatch):

@@ -1,0 +1,126 @@
+"""TensorBoard: pictures, text, hyperparameters."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CNN, TINY_VIT
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import logs
+import train_cnn
+import train_vit
+import training
+from checkpoint import load_checkpoint
+from data import load_data
+from models import CNN, ViT
+
+ARGV = ["--dataset", "digits", "--device", "cpu", "--epochs", "5", "--limit-batches", "5"]
+
+
+def read(folder):
+    return EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A CNN with pictures, and the same without; a ViT with a teacher and pictures."""
+    root = tmp_path_factory.mktemp("runs")
+    train_cnn.main([*ARGV, *TINY_CNN, "--out-dir", str(root / "on")])
+    train_cnn.main([*ARGV, *TINY_CNN, "--out-dir", str(root / "off"), "--pictures", "off"])
+    teacher = ["--teacher", str(root / "on" / "best.pt"), "--drop-path", "0.2"]
+    train_vit.main([*ARGV, *TINY_VIT, *teacher, "--epochs", "1", "--out-dir", str(root / "vit")])
+    return root
+
+
+def test_pictures_come_at_epochs_1_2_4_and_the_last_and_change_no_bit(runs):
+    train, val = read(runs / "on" / "train"), read(runs / "on" / "val")
+    assert [i.step for i in train.Images("pictures/augmented")] == [5, 10, 20, 25]
+    for name in ("explained", "confusion", "most confident mistakes"):
+        assert [i.step for i in val.Images(f"pictures/{name}")] == [5, 10, 20, 25]
+    one, other = (load_checkpoint(runs / run / "last.pt") for run in ("on", "off"))
+    assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+    assert not read(runs / "off" / "train").Tags()["images"]
+    assert read(runs / "vit" / "val").Images("pictures/explained")
+
+
+def test_augmented_images_are_those_of_the_epochs_first_batch(runs, monkeypatch):
+    """Enlarged four times, without blur."""
+    seen, real = [], torch.nn.functional.cross_entropy
+    step = read(runs / "on" / "train").Images("pictures/augmented")[1]
+    picture = np.asarray(Image.open(io.BytesIO(step.encoded_image_string)))
+    first = picture[2:130, 2:130]
+    assert np.array_equal(first, first[::4, ::4].repeat(4, 0).repeat(4, 1))
+
+    def loop(model, optimizer, train_batches, val_batches, settings, metadata, *rest):
+        torch.manual_seed(training.epoch_seed(settings.seed, 2))
+        images, _ = next(iter(train_batches))
+        seen.append(images[0] * train_batches.std + train_batches.mean)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cnn, "train", loop)
+    with pytest.raises(SystemExit):
+        train_cnn.main([*ARGV, *TINY_CNN, "--out-dir", str(runs / "seen")])
+    assert real is torch.nn.functional.cross_entropy
+    np.testing.assert_allclose(first[::4, ::4], seen[0].permute(1, 2, 0).numpy(), atol=0.51)
+
+
+def test_mistakes_are_the_most_confident_ones_and_the_matrix_counts_all(monkeypatch):
+    import figures
+
+    drawn, matrix = [], []
+    monkeypatch.setattr(figures, "plot_explanations", lambda *a: drawn.append(a) or ["figure"])
+    monkeypatch.setattr(figures, "plot_confusion", lambda m, c: matrix.append(m))
+    data = load_data("digits", ".")
+    split = data.val.subset(torch.arange(12))
+    labels = split.labels[split.indices]
+    logits = torch.nn.functional.one_hot(labels, 10) * 5.0
+    for row, surplus in ((3, 1.0), (7, 4.0), (9, 2.0)):  # wrong, more or less surely
+        logits[row] = 0
+        logits[row, (labels[row] + 1) % 10] = surplus
+    metadata = {
+        "classes": data.classes, "model_name": "cnn", "mean": data.mean, "std": data.std,
+    }  # fmt: skip
+    batches = SimpleNamespace(split=split)
+    pictures = logs.Pictures(None, batches, metadata, SimpleNamespace(epochs=1, seed=0))
+    network = CNN(stem=4, widths=(8, 8), depths=(0, 0)).eval()
+    assert set(pictures.figures(network, logits, labels)) == {
+        "explained", "most confident mistakes", "confusion"
+    }  # fmt: skip
+    mistakes = np.stack(drawn[1][0])
+    expected = split.rows(torch.tensor([7, 9, 3]))[0].permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(mistakes, expected)
+    (scores,) = matrix[0].values()
+    assert np.trace(scores["confusion_matrix"]) == 9 and np.sum(scores["confusion_matrix"]) == 12
+    assert scores["accuracy"] == pytest.approx(0.75)
+
+
+def test_the_table_of_layers():
+    """Multiply-adds of a convolution, of a linear layer and of attention, by hand."""
+    table = logs.layer_table(CNN(stem=4, widths=(8, 8), depths=(0, 0)), 32)
+    assert f"|stem|`Conv2d`|`4×32×32`|`108`|`{4 * 27 * 1024:,}`|" in table
+    vit = ViT(dim=16, depth=1, heads=2, patch_size=8)
+    linear, attention = 17 * 16 * 16 * (3 + 1 + 2 + 2), 2 * 17 * 17 * 16
+    assert f"|blocks.0|`Block`|`17×16`|`2,224`|`{linear + attention:,}`|" in logs.layer_table(
+        vit, 32
+    )
+
+
+def test_text_and_hyperparameters(runs):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    def text(name):
+        (found,) = read(runs / "on" / "train").Tensors(f"{name}/text_summary")
+        return found.tensor_proto.string_val[0].decode()
+
+    assert "|batch_size|`32`|" in text("settings") and "|**all**|`CNN`|" in text("layers")
+    assert "val: plain cross-entropy" in text("settings")
+    val = read(runs / "on" / "val")
+    assert set(val.Tags()["scalars"]) == {"epoch/loss", "epoch/accuracy"}
+    content = val.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert started["batch_size"].number_value == 32 and "out_dir" not in started
+    assert {p.name for p in (runs / "on").iterdir() if p.is_dir()} == {"train", "val"}
