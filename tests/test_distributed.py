@@ -1,6 +1,7 @@
 """Many processes against one, with gloo. Processes are forked, which saves their imports."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from conftest import ROOT, TINY_CNN
 
 import distributed
 import train_cnn
+import train_vit
 import training
 from batches import Batches
 from checkpoint import load_checkpoint, make_metadata
 from data import Split
 from models import CNN, ViT
+from prepare import load_data_for, load_models
 from training import TrainingSettings, train
 
 CLASSES = ["a", "b", "c"]
@@ -24,12 +27,13 @@ VIT = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8, "classes": 3}
 SMALL_CNN = {"stem": 4, "widths": (8,), "depths": (1,), "classes": 3}
 
 
-def in_processes(number: int, function, *args) -> None:
+def in_processes(number: int, function, *args, **more) -> None:
     """Call function(*args) in `number` processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     environment = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environment |= more
     context = mp.start_processes(
         _start, (environment, function, args), number, join=False, start_method="fork"
     )
@@ -44,8 +48,11 @@ def _start(rank, environment, function, args):
     torch.distributed.destroy_process_group()
 
 
-def train_steps(name: str, folder, val_images: int) -> None:
-    """Three steps of SGD with batches of 12, half of them mixed; last.pt is the result."""
+def train_steps(name: str, folder, val_images: int, draws: list | None = None) -> None:
+    """Three steps of SGD with batches of 12, half of them mixed; last.pt is the result.
+
+    draws: where a number is put that the network draws at each step.
+    """
     torch.manual_seed(0)
     images = torch.randint(0, 256, (36, 3, 32, 32), dtype=torch.uint8)
     split = Split.of(images, torch.arange(36) % 3)
@@ -54,6 +61,8 @@ def train_steps(name: str, folder, val_images: int) -> None:
     val = Batches(split.subset(torch.arange(val_images)), 5, **normal)
     config = VIT if name == "vit" else SMALL_CNN
     model = {"vit": ViT, "cnn": CNN}[name](**config)
+    if draws is not None:
+        model.register_forward_hook(lambda *_: draws.append(torch.rand(()).item()))
     if name == "cnn":  # norms frozen: a batch's statistics would be of each part alone
         real, model.train = model.train, lambda mode=True: real(False)
     metadata = make_metadata(
@@ -81,26 +90,31 @@ def test_weights_and_scores_are_those_of_one_process(tmp_path, name, number):
         assert other[key] == pytest.approx(row[key], rel=1e-4), key
 
 
-def draws(folder) -> None:
-    """Write what a network draws in two steps, and the batches that it gets."""
-    torch.manual_seed(5)
-    seed = training.epoch_seed(0, 1, distributed.rank())
-    found = [
-        (batch, torch.rand(2))
-        for batch in training.drawn_apart((torch.rand(2) for _ in range(2)), seed)
-    ]
-    torch.save(found, folder / f"{distributed.rank()}.pt")
+def drawing(folder) -> None:
+    """Write what a network draws in three steps of training."""
+    draws = []
+    train_steps("vit", folder, 13, draws)
+    torch.save(draws[1:4], folder / f"{distributed.rank()}.pt")  # the first is a check's
 
 
-def test_batches_are_the_same_everywhere_and_a_networks_draws_are_not(tmp_path):
-    """Also where batches draw at each step, as those of a DataLoader without workers."""
-    in_processes(2, draws, tmp_path)
+def test_a_network_draws_other_numbers_in_each_process(tmp_path):
+    in_processes(2, drawing, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert len(one) == 3 and len({*one, *other}) == 6
+
+
+def test_batches_are_the_same_whatever_the_network_draws():
+    """Also where batches draw at each step, as those of a DataLoader without workers."""
     torch.manual_seed(5)
-    for (batch, own), (same, different) in zip(one, other, strict=True):
-        assert torch.equal(batch, same) and not torch.equal(own, different)
-        assert torch.equal(batch, torch.rand(2))  # as without a network
-    assert not torch.equal(one[0][1], one[1][1])
+    expected = [torch.rand(2) for _ in range(3)]
+    torch.manual_seed(5)
+    found, own = [], []
+    for batch in training.drawn_apart((torch.rand(2) for _ in range(3)), 1):
+        found.append(batch)
+        own.append(torch.rand(1 + len(own)))
+    assert all(map(torch.equal, found, expected))
+    torch.manual_seed(1)
+    assert all(torch.equal(numbers, torch.rand(1 + i)) for i, numbers in enumerate(own))
 
 
 def statistics() -> None:
@@ -144,35 +158,73 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, fails):
     assert "--batch-size 32 is not a multiple of the number of processes, 3" in said
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import distributed, train_cnn, training
-real = training.log_epoch
-def log_epoch(logs, row, points):
-    if row["epoch"] == 2 and distributed.rank() == 1 and not distributed.restarted():
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(logs, row, points)
-training.log_epoch = log_epoch
-if __name__ == "__main__":
-    train_cnn.run(train_cnn.main)
-"""
+def killed(*argv) -> None:
+    """Train; process 1 dies in the second epoch, unless it has been restarted."""
+    real = training.log_epoch
+
+    def log_epoch(logs, row, points):
+        if row["epoch"] == 2 and distributed.rank() == 1 and not distributed.restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(logs, row, points)
+
+    training.log_epoch = log_epoch
+    call(train_cnn.main, *argv)
 
 
-def test_a_killed_process_is_restarted_and_ends_in_the_same_weights(tmp_path):
-    argv = ["--dataset", "digits", "--epochs", "3", *TINY_CNN, "--pictures", "off", "--out-dir"]
+THREE_EPOCHS = ["--dataset", "digits", "--epochs", "3", *TINY_CNN, "--pictures", "off", "--out-dir"]
+
+
+def same_weights(one, other) -> None:
+    one, other = (load_checkpoint(run / "last.pt") for run in (one, other))
+    assert len(one["history"]) == len(other["history"]) == 3
+    for key, value in one["model"].items():
+        torch.testing.assert_close(other["model"][key], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_killed_process_is_restarted_and_ends_in_the_same_weights(tmp_path, capfd):
+    """What torchrun does: a process dies, the others end, and all start again, as typed."""
+    argv = [*THREE_EPOCHS, str(tmp_path / "killed")]
+    with pytest.raises(mp.ProcessExitedException):
+        in_processes(2, killed, *argv)
+    assert "error: torchrun: another process of this run has ended" in capfd.readouterr().err
+    in_processes(2, killed, *argv, TORCHELASTIC_RESTART_COUNT="1")
+    in_processes(2, call, train_cnn.main, *THREE_EPOCHS, str(tmp_path / "whole"))
+    same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", range(5))
+def test_torchrun_restarts_a_killed_process(tmp_path, times):
     script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(root=str(ROOT)))
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import test_distributed\ntest_distributed.killed(*sys.argv[1:])\n"
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2", "--max-restarts", "1"]
     done = subprocess.run(
-        [*torchrun, script, *argv, tmp_path / "killed"], capture_output=True, text=True,
+        [*torchrun, script, *THREE_EPOCHS, tmp_path / "killed"], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best validation accuracy") == 1 and "Traceback" not in done.stdout
-    in_processes(2, call, train_cnn.main, *argv, str(tmp_path / "whole"))
-    one, other = (load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "killed"))
-    assert len(other["history"]) == 3
-    for key, value in one["model"].items():
-        torch.testing.assert_close(other["model"][key], value, rtol=1e-6, atol=1e-6)
+    assert done.stdout.count("best validation accuracy") == 1 and "Traceback" not in done.stderr
+    in_processes(2, call, train_cnn.main, *THREE_EPOCHS, str(tmp_path / "whole"))
+    same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [train_cnn, train_vit])
+def test_recipes_reach_the_same_accuracy(tmp_path, script):
+    """With the recipe's optimizers: digits, two processes against one."""
+    argv = ["--dataset", "digits", "--pictures", "off", "--out-dir"]
+    script.main([*argv, str(tmp_path / "one")])
+    in_processes(2, call, script.main, *argv, str(tmp_path / "two"))
+    accuracies = []
+    for run in ("one", "two"):
+        models = load_models([str(tmp_path / run / "best.pt")], torch.device("cpu"))
+        data = load_data_for(models, None, None)
+        labels = data.test.labels[data.test.indices]
+        right = models[0].logits(data.test, data.classes).argmax(1) == labels
+        accuracies.append(100 * right.float().mean().item())
+    print(accuracies)
+    assert abs(accuracies[0] - accuracies[1]) <= 1.5
