@@ -218,11 +218,8 @@ def without_training_state(checkpoint: dict, dtype: torch.dtype | None = None) -
 
 
 def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
-    """Write last.pt, and best.pt with the weights of the best epoch and the whole history.
-
-    Of many processes the first one does.
-    """
-    if distributed.rank():
+    """Write last.pt, and best.pt with the weights of the best epoch and the whole history."""
+    if distributed.rank():  # the first process writes
         return
     out_dir, current = Path(out_dir), without_training_state(checkpoint)
     best = current

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from stopping import Stopped, how_to_resume
+from stopping import Finished, Stopped, UserError, how_to_resume
 
 try:
     import fcntl
@@ -27,14 +27,6 @@ except ImportError:  # Windows: folders are not locked there
 
 
 RESULTS = ".results"  # a file in each --out-dir
-
-
-class UserError(Exception):
-    """Wrong use or bad input. The message names the file or flag and says what to do."""
-
-
-class Finished(Exception):  # noqa: N818, it is no error
-    """There is nothing left to do; the message says why."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +91,8 @@ def command(main):
                 elif not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     raise
             except Stopped as stop:
-                print(how_to_resume(stop, main.__globals__["__file__"]), file=sys.stderr)
+                script, torchrun = main.__globals__["__file__"], bool(distributed.run_id())
+                print(how_to_resume(stop, script, torchrun=torchrun), file=sys.stderr)
                 sys.exit(128 + stop.number)
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)

@@ -14,6 +14,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+from stopping import UserError
+
+
+def run_id() -> str | None:
+    """What the processes of one torchrun command share, also restarted ones; None without it."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"none-{os.getppid()}" if name == "none" else name  # "none" is torchrun's default
+
 
 def rank() -> int:
     """The number of this process: 0, 1, ..."""
@@ -30,50 +38,34 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if run_id() else 1
 
 
-def run_id() -> str | None:
-    """What all processes of one torchrun command have in common, restarted ones too; else None."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"none-{os.getppid()}" if name == "none" else name  # torchrun's default is no name
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this process again, after one of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts() -> int:
+    """How often torchrun has started all processes again, because one had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the other processes; return the device of this one.
-
-    Raises:
-        ConnectionError: some did not come within half an hour, or cannot be reached.
-    """
-    if world_size() == 1:
+    """Join the other processes; return the device of this one. UserError: they do not come."""
+    if world_size() == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    limit = datetime.timedelta(minutes=30)  # another machine may be downloading
+    try:
+        store, own, number = next(rendezvous("env://", timeout=limit))
+        # The store still has the addresses from before a restart: they must not be used.
+        store = dist.PrefixStore(f"attempt {restarts()}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        limit = datetime.timedelta(minutes=30)  # another machine may be downloading
-        try:
-            store, own, number = next(rendezvous("env://", timeout=limit))
-            # Addresses of an earlier attempt are in the same store, and would be used.
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-            dist.init_process_group(
-                backend, store=store, rank=own, world_size=number, timeout=limit
-            )
-        except (RuntimeError, ValueError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise ConnectionError(
-                f"torchrun: the processes do not reach each other: {line}"
-            ) from None
+        dist.init_process_group(backend, store=store, rank=own, world_size=number, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"torchrun: the processes do not reach each other ({line})") from None
     return device
 
 
 def wrap(model: nn.Module) -> nn.Module:
     """The model, with gradients that are averaged over the processes."""
-    if world_size() == 1:
+    if world_size() == 1 or isinstance(model, nn.parallel.DistributedDataParallel):
         return model
     with warnings.catch_warnings(action="ignore"):  # PyTorch 2.14 has another name for it
         # Buffers are averaged once an epoch: see `average_statistics`.
@@ -81,13 +73,10 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 def own_part(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """This process's part of a batch, one after the other, all of the same size.
-
-    Raises:
-        ValueError: the batch cannot be divided so.
-    """
+    """This process's part of each tensor of a batch. UserError: it does not divide."""
     if len(tensors[0]) % world_size():
-        raise ValueError(f"{len(tensors[0])} images do not divide among {world_size()} processes")
+        size = f"a batch of {len(tensors[0])} images does not divide among {world_size()} processes"
+        raise UserError(f"torchrun: {size}: choose another --batch-size, drop an incomplete batch")
     return [tensor.chunk(world_size())[rank()] for tensor in tensors]
 
 

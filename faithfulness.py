@@ -156,8 +156,8 @@ def area(curves: torch.Tensor) -> torch.Tensor:
 def saco(values: torch.Tensor, falls: torch.Tensor) -> torch.Tensor:
     """SaCo (Wu et al. 2024, arXiv 2404.01415) from -1 to 1, per image: (B,).
 
-    Of each two groups of cells, the one with the higher value should matter more. Two groups that
-    matter equally count for the map, as in the paper; where no two do, chance is 0.
+    Of two groups of cells, the one with the higher value should matter more. Equal ones count for
+    the map, as in the paper; without any, chance is 0.
 
     Args:
         values: (B, G), the sum of the map over each group, from the highest to the lowest.
@@ -345,8 +345,8 @@ def main(argv=None):
         skipped = [name for name in args.method or () if name in reasons]
         if not methods[model.name]:
             possible = ", ".join(name for name in METHODS if name not in reasons)
-            why = f"{model.name} {reasons[skipped[0]]}; use {possible}"
-            raise UserError(f"--method {skipped[0]}: {why}")
+            name = skipped[0]
+            raise UserError(f"--method {name}: {model.name} {reasons[name]}; use {possible}")
         for name in skipped:
             print(f"{name}: {model.name} {reasons[name]}")
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]

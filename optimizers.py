@@ -15,14 +15,14 @@ def parameter_groups(named_parameters) -> list[dict]:
     return [{"params": weights}, {"params": others, "weight_decay": 0}]
 
 
-def learning_rates(optimizer) -> dict[str, float]:
+def rates(optimizer) -> dict[str, float]:
     """The rate of each optimizer, and of each of its groups where they differ, by name."""
-    rates = {}
+    found = {}
     for part in getattr(optimizer, "parts", [optimizer]):
         name, own = type(part).__name__, [group["lr"] for group in part.param_groups]
         several = len(set(own)) > 1
-        rates |= {f"learning rate {name}" + f" {i}" * several: lr for i, lr in enumerate(own, 1)}
-    return rates
+        found |= {f"learning rate {name}" + f" {i}" * several: lr for i, lr in enumerate(own, 1)}
+    return found
 
 
 def muon_and_adamw(model: nn.Module, hidden: nn.Module, flags) -> "Optimizers":

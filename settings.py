@@ -144,7 +144,9 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
         suffix = "-best" if values["recipe"] == "best" else ""
         values["out_dir"] = Path("runs", f"{values['dataset']}-{model_name}{suffix}")
     out_dir, first = values["out_dir"], not distributed.rank()
-    if distributed.restarted() and saved_run_id(out_dir) == values["run_id"]:
+    if values["run_id"] and not values["resume"] and saved_run_id(out_dir) == values["run_id"]:
+        if not distributed.restarts():
+            raise UserError(f"torchrun: --rdzv-id is that of the run in {out_dir}: choose another")
         values["resume"] = True
     if values["batch_size"] % distributed.world_size():
         raise UserError(

@@ -1,4 +1,7 @@
-"""Signals that end a training: SIGINT (Ctrl-C) and SIGTERM wait for the end of a step."""
+"""How a command ends before its work is done: bad input, nothing to do, a signal.
+
+SIGINT (Ctrl-C) and SIGTERM let a training finish its step.
+"""
 
 import functools
 import shlex
@@ -6,12 +9,18 @@ import signal
 import threading
 from pathlib import Path
 
-import distributed
-
 _signals: list[int] = []  # that have come during `train`
 
 
-class Stopped(Exception):  # noqa: N818, it is no error
+class UserError(Exception):
+    """Wrong use or bad input. The message names the file or flag and says what to do."""
+
+
+class Finished(Exception):  # noqa: N818, it is no error
+    """There is nothing left to do; the message says why."""
+
+
+class Stopped(Exception):  # noqa: N818
     """A signal has ended a training.
 
     number: the signal's.
@@ -64,11 +73,11 @@ def finishing_steps(train):
     return wrapper
 
 
-def how_to_resume(stop: Stopped, script: str) -> str:
+def how_to_resume(stop: Stopped, script: str, *, torchrun: bool = False) -> str:
     """What to print after a signal."""
     if not stop.saved:
         return "stopped before an epoch was saved: start again as before"
-    start = "the same torchrun command with" if distributed.run_id() else "python"
+    start = "the same torchrun command with" if torchrun else "python"
     return (
         f"stopped after a step. To resume (the epoch is repeated): {start} {Path(script).name} "
         f"--resume --out-dir {shlex.quote(str(stop.out_dir))}"

@@ -20,7 +20,7 @@ from checkpoint import check_finite, check_metadata, restore, save_epoch, traini
 from cli import choose_amp
 from logs import close_logs, log_epoch, open_logs, remove_files
 from models import unwrap
-from optimizers import learning_rates
+from optimizers import rates
 from stopping import finishing_steps, stop_if_asked
 
 
@@ -125,9 +125,7 @@ def train(
             scaler.update()
             optimizer.zero_grad()  # or the next gradients would be added to these
             step += 1
-            points.append(
-                {"loss": loss.detach(), "gradient norm": norm} | learning_rates(optimizer)
-            )
+            points.append({"loss": loss.detach(), "gradient norm": norm} | rates(optimizer))
 
             # 6. Average: a moving average of the weights usually scores higher than the last ones.
             if ema is not None:

@@ -20,6 +20,7 @@ import batches
 import data
 import folders
 from batches import Batches, DistillationBatches
+from checkpoint import load_checkpoint
 from cli import UserError
 from data import Split, load_data
 
@@ -406,27 +407,41 @@ def test_a_photograph_taken_sideways_stands_upright(tmp_path):
     assert read.getpixel((1, 1)) == (255, 0, 0) and read.getpixel((1, 5)) == (0, 0, 255)
 
 
-@pytest.mark.slow
-def test_a_folder_larger_than_memory(tmp_path):
-    """A cache of 2.5 GiB, from files of one pixel, trains in less than 1.5 GiB of memory."""
-    count = int(2.5 * 2**30 / (3 * 128 * 128)) + 1
-    for part, n in (("train", count - 200), ("test", 200)):
+def train_on_files(folder, images: int, size: int) -> tuple[float, float]:
+    """Train on so many files of one pixel; the peak of anonymous memory in GiB, images/s."""
+    for part, n in (("train", images - 200), ("test", 200)):
         for name, color in (("bright", "white"), ("dark", "black")):
-            folder = tmp_path / "photos" / part / name
-            save_solid(folder / "0.png", color, (1, 1))
-            content = (folder / "0.png").read_bytes()
+            save_solid(folder / "photos" / part / name / "0.png", color, (1, 1))
+            content = (folder / "photos" / part / name / "0.png").read_bytes()
             for i in range(1, n // 2):
-                (folder / f"{i}.png").write_bytes(content)
+                (folder / "photos" / part / name / f"{i}.png").write_bytes(content)
     command = [sys.executable, str(ROOT / "train_cnn.py"), "--dataset", "folder", *TINY_CNN]
-    command += ["--data-dir", str(tmp_path / "photos"), "--out-dir", str(tmp_path / "run")]
-    command += ["--image-size", "128", "--epochs", "1", "--limit-batches", "50", "--device", "cpu"]
+    command += ["--data-dir", str(folder / "photos"), "--out-dir", str(folder / "run")]
+    command += ["--image-size", str(size), "--epochs", "1", "--limit-batches", "100"]
+    command += ["--device", "cpu", "--pictures", "off"]
     process, peak = subprocess.Popen(command), 0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         anonymous = re.search(r"RssAnon:\s+(\d+) kB", status)
         peak = max(peak, int(anonymous[1]) / 2**20 if anonymous else 0)
         time.sleep(0.1)
-    (cache,) = (tmp_path / "photos").glob(".cache-128-*.bin")
-    assert process.returncode == 0 and cache.stat().st_size > 2.5 * 2**30
-    print(f"peak of anonymous memory: {peak:.2f} GiB")
+    (cache,) = (folder / "photos").glob(f".cache-{size}-*.bin")
+    assert process.returncode == 0 and cache.stat().st_size == images * 3 * size**2
+    (row,) = load_checkpoint(folder / "run" / "last.pt")["history"]
+    shutil.rmtree(folder / "photos")
+    print(f"{images} images: {peak:.2f} GiB of anonymous memory, {row['images_per_second']:.0f}/s")
+    return peak, row["images_per_second"]
+
+
+@pytest.mark.slow
+def test_a_folder_larger_than_memory(tmp_path):
+    """A cache of 2.5 GiB, from files of one pixel, trains in less than 1.5 GiB of memory."""
+    peak, _ = train_on_files(tmp_path, 2 * (int(1.25 * 2**30 / (3 * 128 * 128)) + 1), 128)
     assert 0.1 < peak < 1.5
+
+
+@pytest.mark.slow
+def test_ten_times_as_many_images_need_no_more_memory_and_time(tmp_path):
+    """200,000 images of 64 pixels (2.3 GiB) beside 20,000."""
+    few, many = (train_on_files(tmp_path / str(n), n, 64) for n in (20_000, 200_000))
+    assert many[0] < 1.1 * few[0] and many[1] > 0.9 * few[1]

@@ -16,7 +16,8 @@ import train_cnn
 import train_vit
 import training
 from batches import Batches
-from checkpoint import load_checkpoint, make_metadata
+from checkpoint import load_checkpoint, make_metadata, save_checkpoint
+from cli import UserError
 from data import Split
 from models import CNN, ViT
 from prepare import load_data_for, load_models
@@ -122,7 +123,7 @@ def statistics() -> None:
     norm.running_mean.fill_(distributed.rank())
     distributed.average_statistics(norm, None)
     assert norm.running_mean.tolist() == [0.5, 0.5] and norm.num_batches_tracked == 0
-    with pytest.raises(ValueError, match="3 images do not divide among 2 processes"):
+    with pytest.raises(UserError, match="3 images does not divide among 2 processes"):
         distributed.own_part(torch.zeros(3))
 
 
@@ -150,6 +151,17 @@ def test_resumed_with_another_number_of_processes(tmp_path, capfd, interrupted):
     assert done["step"] == 2 * done["history"][0]["step"]
 
 
+def test_the_run_id_of_an_older_run_is_refused(tmp_path, monkeypatch, trained, fails):
+    """A restart would resume the older run."""
+    saved = load_checkpoint(trained["cnn"])
+    save_checkpoint(tmp_path / "last.pt", saved | {"settings": saved["settings"] | {"run_id": "x"}})
+    environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    said = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path, "--overwrite")
+    assert "--rdzv-id is that of the run in" in said
+
+
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, fails):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3}.items():
@@ -163,7 +175,7 @@ def killed(*argv) -> None:
     real = training.log_epoch
 
     def log_epoch(logs, row, points):
-        if row["epoch"] == 2 and distributed.rank() == 1 and not distributed.restarted():
+        if row["epoch"] == 2 and distributed.rank() == 1 and not distributed.restarts():
             os.kill(os.getpid(), signal.SIGKILL)
         real(logs, row, points)
 

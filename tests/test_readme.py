@@ -87,7 +87,7 @@ def test_readme_is_short():
 
 def test_the_loop_has_the_lines_that_readme_says():
     lines = len(inspect.getsource(training.train).splitlines())
-    assert lines <= 100 and f"`train` has {lines} lines" in (ROOT / "README.md").read_text()
+    assert lines <= 120 and f"`train` has {lines} lines" in (ROOT / "README.md").read_text()
 
 
 def test_links_lead_somewhere():
