@@ -6,6 +6,7 @@ x is the number of steps done, everywhere. Only the first process writes; in oth
 import copy
 import dataclasses
 import functools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,9 @@ def open_logs(settings, step: int, metadata: dict, network: nn.Module):
     if settings.overwrite and step == 0:
         replaced = [file for folder in folders for file in folder.glob("events.out.tfevents.*")]
     purge_step = None if replaced else step + 1
+    # TensorBoard reads files of the same second in the order of process numbers, so wait a moment.
+    while any(list(f.glob(f"events.out.tfevents.{int(time.time())}.*")) for f in folders):
+        time.sleep(0.05)
     with writing(settings.out_dir):
         logs = Logs(*(SummaryWriter(folder, purge_step=purge_step) for folder in folders))
     loss = "train: what is minimised, with label smoothing; val: plain cross-entropy, without"

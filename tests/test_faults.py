@@ -1,9 +1,11 @@
 """Signals, kills, full disks, power cuts: what they leave, and that a resumed run ends the same."""
 
 import errno
+import itertools
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from checkpoint import load_checkpoint
 
 ARGV = ["--dataset", "digits", "--device", "cpu", "--epochs", "3", *TINY_CNN, "--pictures", "off"]
 ARGV += ["--limit-batches", "10"]
-KILLS = [2, pytest.param(20, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -139,23 +140,36 @@ def _quiet(_, function, args):
     function(*args)
 
 
-@pytest.mark.parametrize("kills", KILLS)
-def test_killed_at_random_moments(tmp_path, whole, kills):
-    """kill -9 of a run again and again; in the end it is the run that was never killed."""
-    moments, folder = random.Random(kills), tmp_path / "run"
-    for i in range(kills):
+@pytest.mark.parametrize(
+    ("times", "number"),
+    [
+        (2, signal.SIGKILL),
+        pytest.param(20, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(5, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(5, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_ended_at_random_moments(tmp_path, whole, times, number):
+    """Again and again; in the end it is the run that was never ended."""
+    moments, folder, ended = random.Random(times), tmp_path / "run", 0
+    for i in itertools.count():
         saved = (folder / "last.pt").exists()
         how = ["--resume"] if saved else [*ARGV, "--overwrite"]
         process = forked(train_cnn.main, [*how, "--out-dir", str(folder)]).processes[0]
-        process.join(moments.uniform(0.2, whole[1]))
-        process.kill()
-        process.join()
-        if i % 5 == 4 or i == kills - 1:  # a run needs several kills, and there are several runs
-            if (folder / "last.pt").exists() and load_checkpoint(folder / "last.pt")["epoch"] == 3:
+        process.join(moments.uniform(0.1, whole[1]))
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+            process.join(20)
+        ended += process.exitcode != 0
+        finished = process.exitcode == 0
+        if finished or ended == times:
+            if finished:
                 is_the_same(folder, whole[0])
             else:
                 resume(folder, whole[0])
-            folder = tmp_path / f"run{i}"
+            folder = tmp_path / f"run{i}"  # another run
+        if ended == times:
+            return
 
 
 def test_a_power_cut_between_the_temporary_file_and_the_rename(tmp_path, whole):
@@ -196,3 +210,20 @@ def test_a_full_disk(tmp_path, whole, fails, monkeypatch, number):
     assert "No space left on device): free some space" in said
     monkeypatch.undo()
     resume(tmp_path, whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_disk_that_is_full(tmp_path, whole, fails, share):
+    """A real one, in memory, which takes only a share of what the run writes. Needs root."""
+    sizes = [file.stat().st_size for file in whole[0].rglob("*") if file.is_file()]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(share * sum(sizes))}", "none", tmp_path]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mount is not permitted")
+    try:
+        said = fails(train_cnn.main, *ARGV, "--out-dir", tmp_path / "run")
+        assert "No space left on device" in said
+        subprocess.run(["mount", "-o", "remount,size=100m", tmp_path], check=True)
+        resume(tmp_path / "run", whole[0])
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
