@@ -189,6 +189,7 @@ def teacher(photos, tmp_path_factory):
     """A checkpoint with the classes of `photos`."""
     out = tmp_path_factory.mktemp("teacher")
     flags = ["--dataset", "folder", "--data-dir", str(photos), "--epochs", "1", "--batch-size", "8"]
+    flags += ["--pictures", "off"]
     train_cnn.main([*flags, *TINY_CNN, "--out-dir", str(out)])
     return out / "best.pt"
 
@@ -304,7 +305,7 @@ def test_train_for_uses_the_schedule_and_restores_what_it_replaces():
 
 def test_seeds(results, photos, tmp_path, monkeypatch):
     argv = ["cnn", "--seeds", "0", "1", "--target", "0", "--out-dir", str(tmp_path), *results.flags]
-    flags = ["--dataset", "folder", "--data-dir", str(photos), "--epochs", "1"]
+    flags = ["--dataset", "folder", "--data-dir", str(photos), "--epochs", "1", "--pictures", "off"]
     seeds.main([*argv, "--", *flags])
     monkeypatch.setattr(train_cnn, "main", None)  # existing runs are only measured
     seeds.main(argv)

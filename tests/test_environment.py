@@ -27,6 +27,7 @@ from cli import UserError
 from data import load_data
 
 DIGITS = ["--dataset", "digits", "--epochs", "1", "--limit-batches", "2", "--device", "cpu"]
+DIGITS += ["--pictures", "off"]
 
 
 def train(out_dir, *flags):
@@ -210,8 +211,9 @@ def test_curves_that_cannot_be_written_do_not_end_a_training(tmp_path, monkeypat
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
 def test_a_read_only_folder_is_decoded_elsewhere(number, photos, tmp_path, monkeypatch):
     """As on Kaggle. (Permissions do not stop the superuser, so opening a file is made to fail.)"""
-    other = shutil.copytree(photos, tmp_path / "other")
-    photos = shutil.copytree(photos, tmp_path / "photos")
+    without = shutil.ignore_patterns(".cache*")  # of other tests
+    other = shutil.copytree(photos, tmp_path / "other", ignore=without)
+    photos = shutil.copytree(photos, tmp_path / "photos", ignore=without)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home" / "torch"))
     real = Path.open
 
@@ -338,7 +340,7 @@ def test_a_training_starts_from_weights(tmp_path, photos, capsys, monkeypatch):
     monkeypatch.setattr(train_cnn, "train", spy)
     train_cnn.main([*DIGITS, "--init", str(path), "--out-dir", str(tmp_path / "second")])
     folder = ["--dataset", "folder", "--data-dir", str(photos), "--batch-size", "8"]
-    argv = [*folder, "--epochs", "1", "--device", "cpu", "--init", str(path)]
+    argv = [*folder, "--pictures", "off", "--epochs", "1", "--device", "cpu", "--init", str(path)]
     capsys.readouterr()
     train_cnn.main([*argv, "--out-dir", str(tmp_path / "third")])
     assert "with a new head for other classes" in capsys.readouterr().out.splitlines()[0]
@@ -354,7 +356,17 @@ def test_a_training_starts_from_weights(tmp_path, photos, capsys, monkeypatch):
     for part in ("train", "test"):  # as many classes, but others
         (renamed / part / "bright").rename(renamed / part / "white")
     folder = ["--dataset", "folder", "--data-dir", str(renamed), "--batch-size", "8"]
-    argv = [*folder, "--epochs", "1", "--device", "cpu", "--out-dir", str(tmp_path / "fourth")]
+    argv = [
+        *folder,
+        "--pictures",
+        "off",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--out-dir",
+        str(tmp_path / "fourth"),
+    ]
     train_cnn.main([*argv, "--init", str(tmp_path / "third" / "best.pt")])
     assert not torch.equal(starts[2]["head.weight"], checkpoint.load_model(
         tmp_path / "third" / "best.pt")[0].head.weight)  # fmt: skip
@@ -362,7 +374,7 @@ def test_a_training_starts_from_weights(tmp_path, photos, capsys, monkeypatch):
 
 def test_the_image_size_and_the_order_of_classes_come_with_the_weights(tmp_path, photos):
     folder = ["--dataset", "folder", "--data-dir", str(photos), "--batch-size", "8"]
-    argv = [*folder, "--epochs", "1", "--device", "cpu"]
+    argv = [*folder, "--pictures", "off", "--epochs", "1", "--device", "cpu"]
     first = tmp_path / "first" / "best.pt"
     train_cnn.main([*argv, *TINY_CNN, "--image-size", "48", "--out-dir", str(first.parent)])
     state = checkpoint.load_checkpoint(first)

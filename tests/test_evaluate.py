@@ -53,6 +53,7 @@ def test_rows_of_the_confusion_figure_are_true_classes():
 def test_a_folder_with_test_alone_is_measured_whole(photos, tmp_path):
     """Trained on one folder, measured on all of another, which has nothing to train on."""
     argv = ["--dataset", "folder", "--data-dir", photos, "--batch-size", 8, "--epochs", 1]
+    argv += ["--pictures", "off"]
     train_cnn.main([*map(str, argv), *TINY_CNN, "--out-dir", str(tmp_path / "run")])
     shutil.copytree(photos / "train", tmp_path / "other" / "test")
     argv = [tmp_path / "run" / "best.pt", "--data-dir", tmp_path / "other"]

@@ -333,7 +333,17 @@ def test_bad_flags(trained, tmp_path, fails, argv, says):
 def test_a_map_of_one_cell_is_refused(tmp_path, fails):
     """A ViT of one patch has nothing to show but by methods that use pixels."""
     tiny = ["--dim", "8", "--heads", "1", "--depth", "1", "--patch-size", "32"]
-    argv = ["--dataset", "digits", "--epochs", "1", "--limit-batches", "1", *tiny]
+    argv = [
+        "--dataset",
+        "digits",
+        "--epochs",
+        "1",
+        "--limit-batches",
+        "1",
+        *tiny,
+        "--pictures",
+        "off",
+    ]
     train_vit.main([*argv, "--out-dir", str(tmp_path / "run")])
     argv = [tmp_path / "run" / "best.pt", "--count", "1", "--out-dir", tmp_path / "out"]
     line = fails(explain.main, *argv, "--method", "attention")

@@ -44,6 +44,7 @@ def classes_of(root, *names, count=10):
 
 def folder_flags(root, *more):
     flags = ["--dataset", "folder", "--data-dir", root, "--batch-size", 4, "--epochs", 1]
+    flags += ["--pictures", "off"]
     return [*map(str, flags), "--device", "cpu", *TINY_CNN, *map(str, more)]
 
 

@@ -28,7 +28,7 @@ def run(folder, script, *argv):
     ("script", "flags"), [("train_cnn.py", TINY_CNN), ("train_vit.py", TINY_VIT)]
 )
 def test_training(folder, script, flags):
-    out = run(folder, script, "--dataset", "digits", "--epochs", 2, "--limit-batches", 3, *flags)
+    out = run(folder, script, "--dataset", "digits", "--epochs", 1, "--limit-batches", 3, *flags)
     model = script[6:9]
     head = out.splitlines()[0]
     counts = "1,293 training, 144 validation, 360 test images"

@@ -489,7 +489,17 @@ def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkey
 def test_larger_images_of_a_folder(photos, tmp_path, script, tiny):
     """Both networks adapt, and what reads the checkpoint knows."""
     argv = ["--dataset", "folder", "--data-dir", photos, "--image-size", 64, "--batch-size", 8]
-    argv += ["--epochs", 1, "--device", "cpu", "--out-dir", tmp_path / "run", *tiny]
+    argv += [
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out-dir",
+        tmp_path / "run",
+        *tiny,
+        "--pictures",
+        "off",
+    ]
     script.main([str(a) for a in argv])
     checkpoint = tmp_path / "run" / "best.pt"
     model, content = load_model(checkpoint)
@@ -526,6 +536,7 @@ def test_a_test_split_that_has_changed_is_refused(photos, tmp_path, fails):
     """A folder of one level: an image renamed after the training, which moves all the others."""
     root = shutil.copytree(photos / "train", tmp_path / "photos")
     argv = ["--dataset", "folder", "--data-dir", root, "--batch-size", 8, "--epochs", 1]
+    argv += ["--pictures", "off"]
     train_cnn.main([*map(str, argv), *TINY_CNN, "--out-dir", str(tmp_path / "run")])
     best = tmp_path / "run" / "best.pt"
     evaluate.main([str(best), "--out-dir", str(tmp_path / "evaluation")])
@@ -688,7 +699,20 @@ def test_resume_refuses_other_images(photos, tmp_path, fails):
     copy, run = tmp_path / "photos", tmp_path / "run"
     shutil.copytree(photos, copy)
     data = ["--dataset", "folder", "--data-dir", str(copy)]
-    train_cnn.main([*data, *TINY_CNN, "--epochs", "1", "--batch-size", "8", "--out-dir", str(run)])
+    train_cnn.main(
+        [
+            *data,
+            *TINY_CNN,
+            "--pictures",
+            "off",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "8",
+            "--out-dir",
+            str(run),
+        ]
+    )
     state = load_checkpoint(run / "last.pt")
     state["settings"]["epochs"] = 2
     save_checkpoint(run / "last.pt", state)

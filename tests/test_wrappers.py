@@ -20,6 +20,7 @@ from models import CNN, MODELS, unwrap
 from training import TrainingSettings
 
 DIGITS = ["--dataset", "digits", "--device", "cpu", "--amp", "off", "--limit-batches", "5"]
+DIGITS += ["--pictures", "off"]
 CONFIG = {"classes": 10, "stem": 4, "widths": [8, 8], "depths": [0, 0]}
 FACTS = {"classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
