@@ -183,11 +183,10 @@ def changed_network(network: nn.Module, checkpoint: dict) -> str:
 # ---------------------------------------------------------------- save
 
 
-def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+def save_checkpoint(path: str | Path, checkpoint: dict, *, remove: Path | None = None) -> None:
     """Write the checkpoint. At every moment `path` is the whole old file or the whole new one.
 
-    Raises:
-        UserError: the file cannot be written; an old file is left as it was.
+    `remove` is deleted just before. UserError: no file can be written; the old one is left.
     """
     assert checkpoint.keys() - OPTIONAL.keys() == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
     buffer = io.BytesIO()  # serialised first, so that an error leaves no partial file
@@ -200,6 +199,8 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
+            if remove:
+                remove.unlink(missing_ok=True)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -225,9 +226,11 @@ def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
     best = current
     if checkpoint["best"]["epoch"] < checkpoint["epoch"]:
         best = load_checkpoint(out_dir / "best.pt") | {"history": checkpoint["history"]}
-    # best.pt first: if the second file is not written, resuming repeats the epoch.
-    save_checkpoint(out_dir / "best.pt", best)
-    save_checkpoint(out_dir / "last.pt", checkpoint | {"self_test": current["self_test"]})
+    last = out_dir / "last.pt"
+    # best.pt first: if the second file is not written, resuming repeats the epoch. The last.pt of a
+    # run that is replaced goes: it must not be resumed with the new best.pt.
+    save_checkpoint(out_dir / "best.pt", best, remove=last if checkpoint["epoch"] == 1 else None)
+    save_checkpoint(last, checkpoint | {"self_test": current["self_test"]})
     for partial in out_dir.glob(".*.tmp"):  # of a process that was killed
         partial.unlink(missing_ok=True)
 
@@ -300,10 +303,7 @@ def load_model(
 
     Warns on stderr if the network computes other logits than when it was saved.
 
-    Args:
-        path: the checkpoint.
-        device: where the network shall be.
-        strict: raise an error in place of the warning.
+    `strict`: raise an error in place of the warning.
 
     Raises:
         UserError: as `load_checkpoint`, or the weights do not fit the network.

@@ -73,6 +73,7 @@ def command(main):
                 stack.enter_context(contextlib.redirect_stdout(out))
                 stack.enter_context(contextlib.redirect_stderr(err))
                 stack.callback(out.flush)
+            stderr = sys.stderr
             try:
                 return main(argv)
             except Finished as reason:
@@ -83,21 +84,22 @@ def command(main):
                 name = f"{error.filename}: " if error.filename else ""
                 message = f"{name}{error.strerror or error}"
             except (torch.OutOfMemoryError, MemoryError):
+                stderr = sys.__stderr__  # of every process: others may have enough
                 message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
             except RuntimeError as error:
                 message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
                 if distributed.is_lost(error):
-                    message = "torchrun: another process of this run has ended"
+                    message = "torchrun: another process has ended; --resume repeats the epoch"
                 elif not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     raise
             except Stopped as stop:
                 script, torchrun = main.__globals__["__file__"], bool(distributed.run_id())
-                print(how_to_resume(stop, script, torchrun=torchrun), file=sys.stderr)
+                print(how_to_resume(stop, script, torchrun=torchrun), file=stderr)
                 sys.exit(128 + stop.number)
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 sys.exit(130)
-            print(f"error: {printable(message)}", file=sys.stderr)
+            print(f"error: {printable(message)}", file=stderr)
             sys.exit(2)
 
     return wrapper

@@ -47,6 +47,10 @@ def start(device: torch.device) -> torch.device:
     """Join the other processes; return the device of this one. UserError: they do not come."""
     if world_size() == 1 or dist.is_initialized():
         return device
+    if device.type == "mps" or (
+        device.type == "cuda" and local_rank() >= torch.cuda.device_count()
+    ):
+        raise UserError("torchrun: each process needs a GPU of its own; use fewer, or --device cpu")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
@@ -61,6 +65,18 @@ def start(device: torch.device) -> torch.device:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"torchrun: the processes do not reach each other ({line})") from None
     return device
+
+
+def check_same(number: int) -> None:
+    """Raise UserError if the processes have different numbers of steps behind them."""
+    numbers = [None] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(numbers, number)
+    if len(set(numbers)) > 1:
+        raise UserError(
+            "torchrun: the processes start at different steps: --out-dir must be on a disk that "
+            "all machines share, and --rdzv-id must be given"
+        )
 
 
 def wrap(model: nn.Module) -> nn.Module:
@@ -81,7 +97,7 @@ def own_part(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def summed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Each tensor as the sum over the processes."""
+    """Each tensor, changed in place to the sum over the processes."""
     for tensor in tensors if world_size() > 1 else ():
         dist.all_reduce(tensor)
     return tensors

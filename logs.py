@@ -146,12 +146,12 @@ def layer_table(network: nn.Module, image_size: int) -> str:
     image, counter = formula_image(image_size), FlopCounterMode(display=False)
 
     def row(name, layer, output, operations):
-        shape = "×".join(map(str, output.shape[1:]))
+        output = output[0] if isinstance(output, tuple) else output
+        shape = "×".join(map(str, output.shape[1:])) if torch.is_tensor(output) else ""
         size = f"{sum(p.numel() for p in layer.parameters()):,}"
         rows.append((name, type(layer).__name__, shape, size, f"{operations // 2:,}"))
 
     def note(layer, _, output, name):
-        output = output if torch.is_tensor(output) else output[0]
         row(name, layer, output, counter.get_total_flops() - before[name])
 
     for name, layer in copied.named_modules():
@@ -180,8 +180,8 @@ class Pictures:
     confusion matrix of validation and its four most confident mistakes. No random state is changed.
 
     Args:
-        train_batches: `Batches`, or what has them as `batches`.
-        val_batches: `Batches`, or None.
+        train_batches: as that of `train`; or what has them as `batches`.
+        val_batches: `Batches`, or None. Of other iterables only the matrix is drawn.
         metadata: as that of `train`.
         settings: a `TrainingSettings`.
     """
@@ -215,11 +215,14 @@ class Pictures:
     def augmented(self, epoch: int) -> np.ndarray:
         """Up to 16 images of the epoch's first batch, four times as large: uint8 (H, W, 3)."""
         batches = getattr(self.train_batches, "batches", self.train_batches)
+        mean, std = (
+            255 * torch.tensor(self.metadata[key]).view(3, 1, 1) for key in ("mean", "std")
+        )
         with torch.random.fork_rng(devices=[]):  # the same draws as in the loop
             torch.default_generator.manual_seed(epoch_seed(self.settings.seed, epoch))
-            images = next(iter(batches))[0][:16]
-        pixels = (images * batches.std + batches.mean).round().clamp(0, 255).byte()
-        large = pixels.repeat_interleave(4, 2).repeat_interleave(4, 3).cpu()
+            images = next(iter(batches))[0][:16].cpu()
+        pixels = (images * std + mean).round().clamp(0, 255).byte()
+        large = pixels.repeat_interleave(4, 2).repeat_interleave(4, 3)
         return make_grid(large, nrow=4, pad_value=255).permute(1, 2, 0).numpy()
 
     def figures(self, network: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> dict:
@@ -229,18 +232,17 @@ class Pictures:
         from examples import Column, Examples, compute_columns
         from prepare import TrainedModel
 
-        split, classes = self.val_batches.split, self.metadata["classes"]
+        split, classes = getattr(self.val_batches, "split", None), self.metadata["classes"]
         name = self.metadata["model_name"]
-        model = TrainedModel(name, "", network, self.metadata)
-        method = methods_for(network, split.images.shape[-1])[0][0]
 
         def explained(rows):
             images, truth = (tensor.cpu() for tensor in split.rows(rows))
+            method = methods_for(network, images.shape[-1])[0][0]
             drawn = list(images.permute(0, 2, 3, 1).numpy())
             names = [f"true: {label}" for label in figures.shorten([classes[i] for i in truth], 14)]
             examples = Examples(split.of(images, truth), rows, classes, drawn, names, names)
             column = Column(name, method, "predicted")
-            compute_columns(model, [column], examples)
+            compute_columns(TrainedModel(name, "", network, self.metadata), [column], examples)
             return figures.plot_explanations(drawn, None, names, [column])[0]
 
         probability, guess = logits.softmax(1).max(1)
@@ -252,9 +254,11 @@ class Pictures:
             "accuracy": 1 - wrong.sum().item() / len(labels),
             "images": len(labels),
         }
-        rows = torch.linspace(0, len(labels) - 1, min(8, len(labels))).long()
-        found = {"explained": explained(rows)}
-        found |= {"most confident mistakes": explained(surest)} if len(surest) else {}
+        found, rows = {}, torch.linspace(0, len(labels) - 1, min(8, len(labels))).long()
+        if split is not None:
+            found["explained"] = explained(rows)
+        if split is not None and len(surest):
+            found["most confident mistakes"] = explained(surest)
         return found | {
             "confusion": figures.plot_confusion({f"{name}, validation": scores}, classes)
         }

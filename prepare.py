@@ -46,6 +46,11 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         UserError: no such device, no data, a network that cannot be built, or other images than
             those of the run to resume.
     """
+    if flags.batch_size % distributed.world_size():
+        raise UserError(
+            f"--batch-size {flags.batch_size} is not a multiple of the number of processes, "
+            f"{distributed.world_size()}: use another number of either"
+        )
     device = distributed.start(use_device(flags))
     amp_dtype = choose_amp(flags.amp, device)
     if flags.dataset != "folder" and flags.image_size != 32:

@@ -146,17 +146,13 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
     out_dir, first = values["out_dir"], not distributed.rank()
     if values["run_id"] and not values["resume"] and saved_run_id(out_dir) == values["run_id"]:
         if not distributed.restarts():
-            raise UserError(f"torchrun: --rdzv-id is that of the run in {out_dir}: choose another")
-        values["resume"] = True
-    if values["batch_size"] % distributed.world_size():
-        raise UserError(
-            f"--batch-size {values['batch_size']} is not a multiple of the number of processes, "
-            f"{distributed.world_size()}: choose one that is"
-        )
+            raise UserError(f"torchrun: give a new --rdzv-id: {out_dir} has a run of this one")
+        values |= {"resume": True, "overwrite": False}
+        typed.pop("overwrite", None)
     if not values["resume"]:
         with writing(f"--out-dir {out_dir}"):
             occupied = list(out_dir.glob("*.pt"))
-        if occupied and not values["overwrite"]:
+        if occupied and not values["overwrite"] and not distributed.restarts():
             raise UserError(
                 f"{out_dir} holds a run already: resume it (--resume), replace it (--overwrite), "
                 "or choose another --out-dir"

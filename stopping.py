@@ -64,9 +64,13 @@ def finishing_steps(train):
                 handlers[number] = signal.signal(number, note) or signal.SIG_DFL
         try:
             return train(model, optimizer, train_batches, val_batches, settings, *rest, **named)
-        except Stopped as stop:
+        except (Stopped, RuntimeError) as error:
+            if not _signals:
+                raise
+            # Under torchrun another process may have stopped a step before: a RuntimeError here.
+            stop = error if isinstance(error, Stopped) else Stopped()
             stop.number, stop.out_dir, stop.saved = _signals[0], last.parent, written() != before
-            raise
+            raise stop from None
         finally:
             restore()
 

@@ -82,6 +82,7 @@ def train(
     step, best, history, last = 0, None, [], checkpoint
     if checkpoint is not None:
         step, best, history = restore(checkpoint, network, optimizer, scaler, ema, settings.out_dir)
+    distributed.check_same(step)
     model = distributed.wrap(model)  # averages gradients over the processes, if there are several
     seconds = history[-1]["seconds"] if history else 0.0
     logs, replaced = open_logs(settings, step, metadata, network)
@@ -113,7 +114,7 @@ def train(
             correct += (logits.argmax(1) == class_numbers(labels)).sum()
 
             # 4. Backward: the scaler enlarges the loss, so that small float16 gradients do not
-            #    become 0. Where it is disabled, its methods change nothing.
+            #    become 0. Under torchrun gradients become the mean over the processes here.
             scaler.scale(loss).backward()
 
             # 5. Step: gradients are unscaled first, because clipping needs their true norm. Without
@@ -270,11 +271,10 @@ def validate(network, batches, settings, autocast) -> tuple[dict, tuple | None]:
         answers.append(part.new_zeros(len(images), part.shape[1]))
         answers[-1][own] = part
         labels.append(class_numbers(numbers.to(device)))
-    (logits,), labels = distributed.summed(torch.cat(answers)), torch.cat(labels)
-    loss, correct = (
-        F.cross_entropy(logits, labels).item(),
-        (logits.argmax(1) == labels).sum().item(),
-    )
+    logits, labels = torch.cat(answers), torch.cat(labels)
+    distributed.summed(logits)
+    loss = F.cross_entropy(logits, labels).item()
+    correct = (logits.argmax(1) == labels).sum().item()
     return {"val_loss": loss, "val_accuracy": correct / len(labels)}, (logits, labels)
 
 

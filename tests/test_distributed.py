@@ -79,9 +79,9 @@ def train_steps(name: str, folder, val_images: int, draws: list | None = None) -
 
 @pytest.mark.parametrize(("name", "number"), [("vit", 2), ("vit", 3), ("cnn", 2)])
 def test_weights_and_scores_are_those_of_one_process(tmp_path, name, number):
-    """With 13 validation images in batches of 5, which no number of processes divides."""
-    train_steps(name, tmp_path / "one", 13)
-    in_processes(number, train_steps, name, tmp_path / "many", 13)
+    """With 11 validation images in batches of 5, which no number of processes divides."""
+    train_steps(name, tmp_path / "one", 11)
+    in_processes(number, train_steps, name, tmp_path / "many", 11)
     one, many = (load_checkpoint(tmp_path / run / "last.pt") for run in ("one", "many"))
     for part in ("model", "ema"):
         for key, value in one[part].items():
@@ -159,7 +159,40 @@ def test_the_run_id_of_an_older_run_is_refused(tmp_path, monkeypatch, trained, f
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     said = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path, "--overwrite")
-    assert "--rdzv-id is that of the run in" in said
+    assert "torchrun: give a new --rdzv-id: " in said
+
+
+def start_apart() -> None:
+    distributed.check_same(5)
+    with pytest.raises(UserError, match="start at different steps: --out-dir must be on a disk"):
+        distributed.check_same(distributed.rank())
+
+
+def test_processes_that_start_at_different_steps_are_refused():
+    in_processes(2, start_apart)
+
+
+def test_a_signal_that_comes_to_one_process_first(tmp_path, capfd):
+    """The other one loses it in the middle of a step, and also says how to resume."""
+    with pytest.raises(mp.ProcessExitedException):
+        in_processes(2, signalled, *THREE_EPOCHS, str(tmp_path / "run"))
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and "--resume" in err
+    in_processes(2, call, train_cnn.main, "--resume", "--out-dir", str(tmp_path / "run"))
+    assert len(load_checkpoint(tmp_path / "run" / "last.pt")["history"]) == 3
+
+
+def signalled(*argv) -> None:
+    """Train; SIGTERM comes to process 1 in step 50, to process 0 in step 51."""
+    real = training.update_average
+
+    def update_average(ema, network, step, decay):
+        if step == 51 - distributed.rank():
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(ema, network, step, decay)
+
+    training.update_average = update_average
+    call(train_cnn.main, *argv)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, fails):
@@ -198,7 +231,7 @@ def test_a_killed_process_is_restarted_and_ends_in_the_same_weights(tmp_path, ca
     argv = [*THREE_EPOCHS, str(tmp_path / "killed")]
     with pytest.raises(mp.ProcessExitedException):
         in_processes(2, killed, *argv)
-    assert "error: torchrun: another process of this run has ended" in capfd.readouterr().err
+    assert "--resume" in capfd.readouterr().err  # of process 0, which may get a signal as well
     in_processes(2, killed, *argv, TORCHELASTIC_RESTART_COUNT="1")
     in_processes(2, call, train_cnn.main, *THREE_EPOCHS, str(tmp_path / "whole"))
     same_weights(tmp_path / "whole", tmp_path / "killed")

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -98,6 +99,27 @@ def test_a_signal_ends_after_a_step(tmp_path, whole, capsys, monkeypatch, number
     assert steps[-1] == {"step": 25, "validation": 20, "first epoch": 7}[when]
     monkeypatch.undo()
     resume(tmp_path, whole[0])
+
+
+def test_a_kill_between_the_two_files_of_a_run_that_replaces_another(tmp_path, whole, fails):
+    """The old last.pt must not be resumed with the new best.pt."""
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+
+    def killed_at_the_second_rename():
+        real, done = Path.replace, []
+
+        def replace(path, target):
+            done.append(target)
+            return os._exit(9) if len(done) == 2 else real(path, target)
+
+        checkpoint_module.Path.replace = replace
+        train_cnn.main([*ARGV, "--seed", "5", "--overwrite", "--out-dir", str(folder)])
+
+    process = forked(killed_at_the_second_rename).processes[0]
+    process.join()
+    assert process.exitcode == 9
+    assert load_checkpoint(folder / "best.pt")["settings"]["seed"] == 5
+    assert "last.pt" in fails(train_cnn.main, "--resume", "--out-dir", folder)
 
 
 def test_a_second_signal_ends_at_once(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from conftest import TINY_CNN, TINY_VIT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
 
 import logs
 import train_cnn
@@ -107,6 +108,22 @@ def test_mistakes_are_the_most_confident_ones_and_the_matrix_counts_all(monkeypa
     (scores,) = matrix[0].values()
     assert np.trace(scores["confusion_matrix"]) == 9 and np.sum(scores["confusion_matrix"]) == 12
     assert scores["accuracy"] == pytest.approx(0.75)
+
+
+def test_a_dataloader_has_pictures_too(tmp_path, monkeypatch):
+    """README's line. Its augmented images are drawn, and of its validation the matrix."""
+    real = train_cnn.prepare
+
+    def prepare(*args):
+        model, _, val_batches, metadata = real(*args)
+        images, labels = (torch.cat(parts) for parts in zip(*val_batches, strict=True))
+        loader = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
+        return model, loader, loader, metadata
+
+    monkeypatch.setattr(train_cnn, "prepare", prepare)
+    train_cnn.main([*ARGV, "--epochs", "1", *TINY_CNN, "--out-dir", str(tmp_path)])
+    assert read(tmp_path / "train").Images("pictures/augmented")
+    assert read(tmp_path / "val").Tags()["images"] == ["pictures/confusion"]
 
 
 def test_the_table_of_layers():
