@@ -339,16 +339,14 @@ def main(argv=None):
     methods = {}
     for model in models:
         _, reasons = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
-        methods[model.name] = [
-            n for n in METHODS if n in (args.method or METHODS) and n not in reasons
-        ]
-        skipped = [name for name in args.method or () if name in reasons]
-        if not methods[model.name]:
-            possible = ", ".join(name for name in METHODS if name not in reasons)
-            name = skipped[0]
-            raise UserError(f"--method {name}: {model.name} {reasons[name]}; use {possible}")
-        for name in skipped:
-            print(f"{name}: {model.name} {reasons[name]}")
+        wanted, possible = args.method or METHODS, [n for n in METHODS if n not in reasons]
+        methods[model.name] = [name for name in possible if name in wanted]
+        for name in args.method or ():
+            problem = f"{name}: {model.name} {reasons.get(name)}"
+            if name in reasons and not methods[model.name]:
+                raise UserError(f"--method {problem}; use {', '.join(possible)}")
+            if name in reasons:
+                print(problem)
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
     make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
 

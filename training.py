@@ -185,26 +185,30 @@ def drawn_apart(batches, seed: int):
     So a network that draws (stochastic depth) changes no batch, and may draw other numbers in each
     process while all of them get the same batches.
     """
-    batches, of_batches = iter(batches), generator_states()
-    torch.manual_seed(seed)
+    batches, batch_states = iter(batches), random_states()
+    torch.manual_seed(seed)  # from here on the generators are the network's
     while True:
-        of_network = generator_states(of_batches)
+        network_states = random_states()
+        set_random_states(batch_states)
         batch = next(batches, None)
-        of_batches = generator_states(of_network)
+        batch_states = random_states()
+        set_random_states(network_states)
         if batch is None:
             return
         yield batch
 
 
-def generator_states(new=None):
-    """The states of PyTorch's generators on the CPU and the GPU; `new` states replace them."""
-    gpu = torch.cuda.is_initialized()
-    states = torch.get_rng_state(), torch.cuda.get_rng_state() if gpu else None
-    if new is not None:
-        torch.set_rng_state(new[0])
-    if new is not None and new[1] is not None:
-        torch.cuda.set_rng_state(new[1])
-    return states
+def random_states() -> list[torch.Tensor]:
+    """The states of PyTorch's generators: the CPU's, and that of the GPU in use."""
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_states(states: list[torch.Tensor]) -> None:
+    """Set what `random_states` returned."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 def limited_length(batches, limit: int | None) -> int:

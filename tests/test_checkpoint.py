@@ -213,9 +213,12 @@ def test_the_best_epoch_is_written_before_the_last(trained, tmp_path, monkeypatc
     state = checkpoint.load_checkpoint(trained["cnn"].with_name("last.pt"))
     checkpoint.save_epoch(tmp_path, state)
     real, written = checkpoint.save_checkpoint, []
-    monkeypatch.setattr(
-        checkpoint, "save_checkpoint", lambda path, c: written.append(path.name) or real(path, c)
-    )
+
+    def save(path, state, **named):
+        written.append(path.name)
+        real(path, state, **named)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     checkpoint.save_epoch(tmp_path, state)
     assert written == ["best.pt", "last.pt"]
 
