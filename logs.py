@@ -104,7 +104,7 @@ def log_epoch(logs: Logs | None, row: dict, points: list[dict]) -> None:
             logs.train.add_scalar(f"epoch/{tag}", row[f"train_{tag}"], row["step"])
             if row[f"val_{tag}"] is not None:
                 logs.val.add_scalar(f"epoch/{tag}", row[f"val_{tag}"], row["step"])
-        logs.train.add_scalar("speed/images per second", row["images_per_second"], row["step"])
+        logs.train.add_scalar("time/images per second", row["images_per_second"], row["step"])
         first = row["step"] - len(points) + 1
         for name, values in curves.items():
             for step, value in enumerate(values.tolist(), first):
