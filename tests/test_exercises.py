@@ -1,5 +1,6 @@
 """Each patch of EXERCISES.md, applied to a copy of the scripts and run; is its effect there?"""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -21,7 +22,7 @@ import models as original_models
 import training as original_training
 
 PATCHES = ROOT / "tests" / "exercises"
-SHORT = ["--dataset", "digits", "--device", "cpu", "--epochs", "2", "--pictures", "off"]
+SHORT = ["--dataset", "digits", "--device", "cpu", "--pictures", "off", "--epochs", "2"]
 SMALL_CNN = ["--stem", "8", "--widths", "16", "32", "--depths", "0", "1"]
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -322,17 +323,16 @@ CAUGHT_BY = {
 def run_tests(folder, test: str) -> None:
     """Run a test of the copy of this project in `folder`, and write what pytest says."""
     for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT):
+        if Path(getattr(module, "__file__", None) or "/").parent in (ROOT, ROOT / "tests"):
             del sys.modules[name]
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     os.chdir(folder)
-    with Path("said.txt").open("w") as said:
-        os.dup2(said.fileno(), 1)
+    with Path("said.txt").open("w") as said, contextlib.redirect_stdout(said):
         sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--capture=no", test]))
 
 
 @pytest.mark.parametrize("bug", CAUGHT_BY)
-def test_bug_is_caught(bug, tmp_path, capfd):
+def test_bug_is_caught(bug, tmp_path):
     apply(bug, tmp_path)
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     file, test = CAUGHT_BY[bug].split("::")
