@@ -40,12 +40,20 @@ class BadImageError(UserError):
 
 
 class ImageFile(NamedTuple):
-    """An image file of a folder."""
+    """An image file of a folder. There may be very many, so it holds little."""
 
     path: str
-    name: str  # split/class/file: the same on every system
+    part: str  # the split
     class_name: str
-    stamp: str  # changes when the file does
+
+    @property
+    def name(self) -> str:  # the same on every system
+        return f"{self.part}/{self.class_name}/{composed(Path(self.path).name)}"
+
+    @property
+    def stamp(self) -> str:  # changes when the file does
+        stat = Path(self.path).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
 
 @dataclasses.dataclass
@@ -165,10 +173,7 @@ def _images(directory: Path, part: str, skipped: collections.Counter) -> list[Im
             elif not _is_image(entry.name) or not entry.is_file():
                 others[f"files that are not {' '.join(IMG_EXTENSIONS)}"] += 1
             else:
-                stat = entry.stat()
-                stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-                name = f"{part}/{class_name}/{composed(entry.name)}"
-                found.append(ImageFile(entry.path, name, class_name, stamp))
+                found.append(ImageFile(entry.path, part, class_name))
     if not found:
         there = "".join(f"; {reason}: {count}" for reason, count in others.items())
         none = f"no images ({' '.join(IMG_EXTENSIONS)}{there})"
@@ -191,7 +196,7 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
     Raises:
         UserError: files cannot be read, or the cache cannot be written or is damaged.
     """
-    stamps = digest_of([f"{file.name} {file.stamp}" for file in listing.files])
+    stamps = digest_of(f"{file.name} {file.stamp}" for file in listing.files)
     name, shape = f".cache-{size}-{stamps}.bin", (len(listing.files), 3, size, size)
     elsewhere = Path(torch.hub.get_dir()).parent / "images" / digest_of([str(root.resolve())])
     for folder in (root, elsewhere):
@@ -244,7 +249,7 @@ def _decode(listing: Listing, size: int, target) -> dict:
     Raises:
         UserError: files that cannot be read; up to ten are named.
     """
-    contents, bad, remarks, largest = [], [], [], []
+    digests, bad, remarks, largest = [], [], [], []
     for file in tqdm(listing.files, "decoding", unit=" images", disable=None):
         try:
             image = read_image(file.path, size, remarks)
@@ -255,7 +260,7 @@ def _decode(listing: Listing, size: int, target) -> dict:
             continue
         largest += [image.info["largest"]] if "largest" in image.info else []
         target.write(np.asarray(image).transpose(2, 0, 1).tobytes())
-        contents.append(f"{file.name} {image.info['digest']}")
+        digests.append(image.info["digest"])
     if bad:
         first = "the first " if len(bad) == MOST_NAMED else ""
         several = f"{first}{len(bad)} files that cannot be used: {', '.join(map(str, bad))}"
@@ -264,12 +269,18 @@ def _decode(listing: Listing, size: int, target) -> dict:
         remarks.insert(0, dark_remark(f"{len(largest)} images", max(largest)))
     if len(remarks) > MOST_NAMED:
         remarks[MOST_NAMED:] = [f"... and {len(remarks) - MOST_NAMED} more"]
-    return {"content": digest_of(contents), "remarks": remarks}
+    lines = (
+        f"{file.name} {digest.hex()}" for file, digest in zip(listing.files, digests, strict=True)
+    )
+    return {"content": digest_of(lines), "remarks": remarks}
 
 
-def digest_of(lines: list[str]) -> str:
-    """A short hash of some lines of text."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+def digest_of(lines) -> str:
+    """A short hash of lines of text, joined by line breaks."""
+    found = hashlib.sha256()
+    for i, line in enumerate(lines):
+        found.update(("\n" * (i > 0) + line).encode(errors="surrogateescape"))
+    return found.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- one file
@@ -303,7 +314,7 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
         image = to_rgb(image)
     except ValueError as error:
         raise BadImageError(f"{path}: {error}; convert it to 8 bits") from None
-    image.info["digest"] = hashlib.sha256(data).hexdigest()
+    image.info["digest"] = hashlib.sha256(data).digest()
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return image
