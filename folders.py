@@ -52,8 +52,8 @@ class ImageFile(NamedTuple):
 
     @property
     def stamp(self) -> str:  # changes when the file does
-        stat = Path(self.path).stat()
-        return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+        fields = "{0.st_size} {0.st_mtime_ns} {0.st_ctime_ns} {0.st_ino}"
+        return fields.format(Path(self.path).stat())
 
 
 @dataclasses.dataclass
@@ -71,12 +71,9 @@ class Listing:
 def list_images(root: Path, *, test_alone: bool = False) -> Listing:
     """All images in `root/<split>/<class>/`, or in `root/<class>/`.
 
-    Args:
-        root: the folder.
-        test_alone: `root/train` may be missing.
+    `test_alone`: `root/train` may be missing.
 
-    Raises:
-        UserError: no such folder, no images, or images that would be ignored.
+    Raises UserError: no such folder, no images, or images that would be ignored.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "there is no such folder"
@@ -147,8 +144,7 @@ def _folders(folder: Path) -> list[Path]:
 def _images(directory: Path, part: str, skipped: collections.Counter) -> list[ImageFile]:
     """The images directly in a class's folder, sorted; `skipped` counts other files, by reason.
 
-    Raises:
-        UserError: there are none, or some in folders below, or the class's name is unprintable.
+    Raises UserError: there are none, or some in folders below, or an unprintable class name.
     """
     if printable(directory.name) != directory.name:
         raise UserError(
@@ -246,8 +242,7 @@ def _make_cache(cache: Path, listing: Listing, size: int) -> None:
 def _decode(listing: Listing, size: int, target) -> dict:
     """Write the pixels of all files into `target`; return their hash, and remarks on them.
 
-    Raises:
-        UserError: files that cannot be read; up to ten are named.
+    Raises UserError: files that cannot be read; up to ten are named.
     """
     digests, bad, remarks, largest = [], [], [], []
     for file in tqdm(listing.files, "decoding", unit=" images", disable=None):
@@ -269,9 +264,7 @@ def _decode(listing: Listing, size: int, target) -> dict:
         remarks.insert(0, dark_remark(f"{len(largest)} images", max(largest)))
     if len(remarks) > MOST_NAMED:
         remarks[MOST_NAMED:] = [f"... and {len(remarks) - MOST_NAMED} more"]
-    lines = (
-        f"{file.name} {digest.hex()}" for file, digest in zip(listing.files, digests, strict=True)
-    )
+    lines = (f"{f.name} {d.hex()}" for f, d in zip(listing.files, digests, strict=True))
     return {"content": digest_of(lines), "remarks": remarks}
 
 
@@ -292,8 +285,7 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
     Of an animation the first frame is read. The result's `info` has the `largest` value of a file
     of 16 bits, and a `digest` of the file. `remarks` is a list that gets what Pillow warns of.
 
-    Raises:
-        BadImageError: the file is missing, or not an image that Pillow can read.
+    Raises BadImageError: the file is missing, or not an image that Pillow can read.
     """
     data = b""
     try:
