@@ -38,8 +38,10 @@ def in_processes(number: int, function, *args, **more) -> None:
     context = mp.start_processes(
         _start, (environment, function, args), number, join=False, start_method="fork"
     )
-    while not context.join(timeout=60):
-        pass
+    for process in context.processes:  # `context.join` would end the others when one fails
+        process.join(120)
+    context.join(timeout=1, grace_period=1)
+    assert not any(process.is_alive() for process in context.processes), "they hang"
 
 
 def _start(rank, environment, function, args):

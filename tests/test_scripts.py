@@ -25,7 +25,8 @@ def run(folder, script, *argv):
 
 
 @pytest.mark.parametrize(
-    ("script", "flags"), [("train_cnn.py", TINY_CNN), ("train_vit.py", TINY_VIT)]
+    ("script", "flags"),
+    [("train_cnn.py", TINY_CNN), ("train_vit.py", [*TINY_VIT, "--pictures", "off"])],
 )
 def test_training(folder, script, flags):
     out = run(folder, script, "--dataset", "digits", "--epochs", 1, "--limit-batches", 3, *flags)
