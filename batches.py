@@ -150,7 +150,7 @@ def batch_size_without_training(image_size: int) -> int:
 def batch_size_to_explain(network, image_size: int) -> int:
     """How many images are explained at once: up to 64, if what is kept of them fits in 16 MB.
 
-    On a CPU the ViT's relevance takes a quarter less time in batches of 18 than of 64.
+    On a CPU the ViT's relevance takes an eighth less time in batches of 18 than of 64.
     """
     if not hasattr(network, "forward_features"):
         return 64

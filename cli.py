@@ -84,7 +84,8 @@ def command(main):
                 name = f"{error.filename}: " if error.filename else ""
                 message = f"{name}{error.strerror or error}"
             except (torch.OutOfMemoryError, MemoryError):
-                stderr = sys.__stderr__  # of every process: others may have enough
+                if distributed.rank():  # others may have enough
+                    stderr = sys.__stderr__
                 message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
             except RuntimeError as error:
                 message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
@@ -93,8 +94,8 @@ def command(main):
                 elif not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     raise
             except Stopped as stop:
-                script, torchrun = main.__globals__["__file__"], bool(distributed.run_id())
-                print(how_to_resume(stop, script, torchrun=torchrun), file=stderr)
+                script = main.__globals__.get("__file__", sys.argv[0])
+                print(how_to_resume(stop, script, distributed.run_id()), file=stderr)
                 sys.exit(128 + stop.number)
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)

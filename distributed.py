@@ -12,7 +12,6 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 
 from stopping import UserError
 
@@ -54,6 +53,8 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
+    from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+
     limit = datetime.timedelta(minutes=30)  # another machine may be downloading
     try:
         store, own, number = next(rendezvous("env://", timeout=limit))
@@ -88,11 +89,16 @@ def wrap(model: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
+def check_divides(batch_size: int) -> None:
+    """Raise UserError if a batch cannot be divided evenly among the processes."""
+    if batch_size % world_size():
+        size = f"a batch of {batch_size} images does not divide among {world_size()} processes"
+        raise UserError(f"torchrun: {size}: choose another --batch-size, drop an incomplete batch")
+
+
 def own_part(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """This process's part of each tensor of a batch. UserError: it does not divide."""
-    if len(tensors[0]) % world_size():
-        size = f"a batch of {len(tensors[0])} images does not divide among {world_size()} processes"
-        raise UserError(f"torchrun: {size}: choose another --batch-size, drop an incomplete batch")
+    check_divides(len(tensors[0]))
     return [tensor.chunk(world_size())[rank()] for tensor in tensors]
 
 

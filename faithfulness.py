@@ -341,12 +341,11 @@ def main(argv=None):
         _, reasons = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
         wanted, possible = args.method or METHODS, [n for n in METHODS if n not in reasons]
         methods[model.name] = [name for name in possible if name in wanted]
-        for name in args.method or ():
-            problem = f"{name}: {model.name} {reasons.get(name)}"
-            if name in reasons and not methods[model.name]:
+        for name in [n for n in args.method or () if n in reasons]:
+            problem = f"{name}: {model.name} {reasons[name]}"
+            if not methods[model.name]:
                 raise UserError(f"--method {problem}; use {', '.join(possible)}")
-            if name in reasons:
-                print(problem)
+            print(problem)
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
     make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
 

@@ -234,14 +234,14 @@ class Pictures:
 
         split, classes = getattr(self.val_batches, "split", None), self.metadata["classes"]
         name = self.metadata["model_name"]
+        methods, _ = methods_for(network, self.metadata["dataset"]["image_size"])
 
         def explained(rows):
             images, truth = (tensor.cpu() for tensor in split.rows(rows))
-            method = methods_for(network, images.shape[-1])[0][0]
             drawn = list(images.permute(0, 2, 3, 1).numpy())
             names = [f"true: {label}" for label in figures.shorten([classes[i] for i in truth], 14)]
             examples = Examples(split.of(images, truth), rows, classes, drawn, names, names)
-            column = Column(name, method, "predicted")
+            column = Column(name, methods[0], "predicted")
             compute_columns(TrainedModel(name, "", network, self.metadata), [column], examples)
             return figures.plot_explanations(drawn, None, names, [column])[0]
 

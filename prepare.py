@@ -46,13 +46,9 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         UserError: no such device, no data, a network that cannot be built, or other images than
             those of the run to resume.
     """
-    if flags.batch_size % distributed.world_size():
-        raise UserError(
-            f"--batch-size {flags.batch_size} is not a multiple of the number of processes, "
-            f"{distributed.world_size()}: use another number of either"
-        )
+    distributed.check_divides(flags.batch_size)
     device = distributed.start(use_device(flags))
-    amp_dtype = choose_amp(flags.amp, device)
+    choose_amp(flags.amp, device)  # refuses a type that the device has not
     if flags.dataset != "folder" and flags.image_size != 32:
         advice = "use other weights" if flags.init else "omit it"
         raise UserError(f"--image-size {flags.image_size} is for --dataset folder alone: {advice}")
@@ -83,20 +79,28 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         head = start_from(model, *source, config, data.classes)
         notes.append(f"starting from the weights of {flags.init}{head}")
     train_batches, val_batches = make_batches(data, flags, device)
+    print(
+        description(data, flags, model_name, config, model, device)
+        + "".join(f"; {printable(note)}" for note in notes)
+    )
+    return model, train_batches, val_batches, metadata
+
+
+def description(data: Data, flags, model_name: str, config: dict, model, device) -> str:
+    """In one line, what will be trained, on what and how."""
     choices = {key: config[key] for key in config if key not in ("classes", "image_size")}
     threads = f" (threads: {torch.get_num_threads()})" if device.type == "cpu" else ""
-    several = distributed.world_size() > 1
-    processes = f"{distributed.world_size()} processes, each on " if several else ""
-    print(
+    number = distributed.world_size()
+    processes = f"{number} processes, each on " if number > 1 else ""
+    precision = str(choose_amp(flags.amp, device) or torch.float32).removeprefix("torch.")
+    return (
         f"{data.name}: {len(data.classes)} classes ({quoted(data.classes)}); "
         f"{len(data.train):,} training, {len(data.val):,} validation, "
         f"{len(data.test):,} test images; {model_name} of {count_parameters(model):,} parameters; "
         f"{flags.epochs} epochs, batch {flags.batch_size}, on {processes}{device.type}{threads}, "
-        f"{str(amp_dtype or torch.float32).removeprefix('torch.')}"
+        + precision
         + (f"; {as_flags(choices | {'flip': flags.flip})}" if data.name == "digits" else "")
-        + "".join(f"; {printable(note)}" for note in notes)
     )
-    return model, train_batches, val_batches, metadata
 
 
 def _build(model_name: str, config: dict) -> nn.Module:
@@ -241,11 +245,10 @@ class TrainedModel:
     def batches(self, split: Split, *, explain: bool = False) -> Batches:
         """A split's images as the network takes them; `explain`: fewer at a time."""
         size = split.images.shape[-1]
+        few, many = batch_size_to_explain, batch_size_without_training
         return Batches(
             split,
-            batch_size_to_explain(self.network, size)
-            if explain
-            else batch_size_without_training(size),
+            few(self.network, size) if explain else many(size),
             mean=self.checkpoint["mean"],
             std=self.checkpoint["std"],
             device=next(self.network.parameters()).device,

@@ -143,7 +143,7 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
     if values["out_dir"] is None:
         suffix = "-best" if values["recipe"] == "best" else ""
         values["out_dir"] = Path("runs", f"{values['dataset']}-{model_name}{suffix}")
-    out_dir, first = values["out_dir"], not distributed.rank()
+    out_dir = values["out_dir"]
     if values["run_id"] and not values["resume"] and saved_run_id(out_dir) == values["run_id"]:
         if not distributed.restarts():
             raise UserError(f"torchrun: give a new --rdzv-id: {out_dir} has a run of this one")
@@ -158,12 +158,18 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
                 "or choose another --out-dir"
             )
         images = values["data_dir"] if values["dataset"] == "folder" else None
-        if first:
+        if not distributed.rank():
             make_out_dir(out_dir, images)
         if values["init"] is not None:
             values |= network_of(values["init"], model_name, typed, defaults)
         return argparse.Namespace(**values), None
-    if out_dir.is_dir() and first:
+    return resumed_flags(values, typed, defaults, model_name)
+
+
+def resumed_flags(values: dict, typed: dict, defaults: dict, model_name: str):
+    """As `parse_flags`, for the run in --out-dir: its settings, and typed ones that may differ."""
+    out_dir = values["out_dir"]
+    if out_dir.is_dir() and not distributed.rank():
         make_out_dir(out_dir)  # before last.pt is read, which another program may be writing
     checkpoint = load_run(out_dir, model_name)
     saved = defaults | checkpoint["settings"]  # an older run may lack a flag

@@ -77,11 +77,11 @@ def finishing_steps(train):
     return wrapper
 
 
-def how_to_resume(stop: Stopped, script: str, *, torchrun: bool = False) -> str:
-    """What to print after a signal."""
+def how_to_resume(stop: Stopped, script: str, run_id: str | None = None) -> str:
+    """What to print after a signal. `run_id`: as `distributed.run_id`."""
     if not stop.saved:
         return "stopped before an epoch was saved: start again as before"
-    start = "the same torchrun command with" if torchrun else "python"
+    start = "the same torchrun command with" if run_id else "python"
     return (
         f"stopped after a step. To resume (the epoch is repeated): {start} {Path(script).name} "
         f"--resume --out-dir {shlex.quote(str(stop.out_dir))}"

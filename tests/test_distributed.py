@@ -202,7 +202,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, fails):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3}.items():
         monkeypatch.setenv(name, str(value))
     said = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path / "x")
-    assert "--batch-size 32 is not a multiple of the number of processes, 3" in said
+    assert "a batch of 32 images does not divide among 3 processes: choose another --batch" in said
 
 
 def killed(*argv) -> None:

@@ -95,6 +95,7 @@ def test_mistakes_are_the_most_confident_ones_and_the_matrix_counts_all(monkeypa
         logits[row, (labels[row] + 1) % 10] = surplus
     metadata = {
         "classes": data.classes, "model_name": "cnn", "mean": data.mean, "std": data.std,
+        "dataset": {"image_size": 32},
     }  # fmt: skip
     batches = SimpleNamespace(split=split)
     pictures = logs.Pictures(None, batches, metadata, SimpleNamespace(epochs=1, seed=0))
