@@ -1,4 +1,4 @@
-"""What every command line shares: errors in one line, names, types of flags, device, precision."""
+"""What every command line shares: errors in one line, names, types of flags, device."""
 
 import argparse
 import contextlib
@@ -382,19 +382,3 @@ def use_device(flags: argparse.Namespace) -> torch.device:
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
     return torch.device(name)
-
-
-def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The half-precision type that `--amp name` means on `device`. None: float32 throughout.
-
-    Raises:
-        UserError: an unknown name, or float16, whose gradient scaler needs a GPU, elsewhere.
-    """
-    cuda = device.type == "cuda"
-    if name == "auto" and cuda:
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name not in ("auto", "off", "bf16", "fp16"):
-        raise UserError(f"--amp {name}: use auto, off, bf16 or fp16")
-    if name == "fp16" and not cuda:
-        raise UserError(f"--amp fp16 needs --device cuda, not {device.type}; use --amp off")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)

@@ -1,5 +1,6 @@
 """Muon for matrices and filters, AdamW for all other parameters."""
 
+import collections
 import functools
 
 import torch
@@ -71,17 +72,20 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
-        for weight in group["params"]:
+        alike = collections.defaultdict(list)  # matrices of one shape are a batch: fewer, larger
+        for weight in group["params"]:  # products
             if weight.grad is None:
                 continue
             gradient, state = weight.grad.flatten(1), self.state[weight]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-            update = orthogonalise(gradient.lerp(average, momentum), iteration_type(weight.device))
-            rows, columns = update.shape
-            weight.mul_(1 - lr * group["weight_decay"])
-            weight.add_(update.view_as(weight), alpha=-lr * max(1, rows / columns) ** 0.5)
+            alike[gradient.shape].append((weight, gradient.lerp(average, momentum)))
+        for (rows, columns), pairs in alike.items():
+            weights, updates = zip(*pairs, strict=True)
+            for weight, update in zip(weights, orthogonalise(torch.stack(updates)), strict=True):
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.add_(update.view_as(weight), alpha=-lr * max(1, rows / columns) ** 0.5)
 
     def load_state_dict(self, state: dict) -> None:
         """Load a state, also that of `torch.optim.Muon`, which older checkpoints have."""
@@ -91,28 +95,33 @@ class Muon(torch.optim.Optimizer):
         super().load_state_dict(state | {"param_groups": [group]})
 
 
-def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Nearly U V^T of the singular value decomposition U S V^T: S becomes about 0.7 to 1.2.
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """Nearly U V^T of each singular value decomposition U S V^T: S becomes about 0.7 to 1.2.
 
-    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, in `dtype`. The result has
-    that type. matrix (O, I) -> (O, I).
+    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, in bfloat16 where that is
+    fast. The result has that type. matrices (n, O, I) -> (n, O, I).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.shape[0] <= matrix.shape[1]
-    X = matrix.to(dtype) if wide else matrix.to(dtype).T
-    X = X / X.norm().clamp(min=1e-7)  # so that no singular value is above 1
+    X = matrices.bfloat16() if fast_bfloat16(matrices.device) else matrices.float()
+    wide = X.shape[1] <= X.shape[2]
+    X = X if wide else X.mT
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so no singular value is above 1
     for _ in range(5):
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X if wide else X.T
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X if wide else X.mT
 
 
 @functools.cache
-def iteration_type(device: torch.device) -> torch.dtype:
-    """bfloat16 where its matrix products are fast, else float32 (on such CPUs 14 times as fast)."""
-    has = torch.cpu.get_capabilities()
-    fast = device.type == "cuda" or has.get("avx512_bf16") or has.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products are faster in bfloat16 than in float32: on most GPUs, on some CPUs.
+
+    On CPUs without instructions for it they are 14 times slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 class Optimizers:

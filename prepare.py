@@ -16,7 +16,6 @@ from batches import Batches, batch_size_to_explain, batch_size_without_training,
 from checkpoint import load_model, make_metadata
 from cli import (
     UserError,
-    choose_amp,
     naming,
     printable,
     quoted,
@@ -25,7 +24,7 @@ from cli import (
 )
 from data import Data, Split, load_data
 from models import build_model, count_parameters, model_arguments
-from settings import FREE, as_flags
+from settings import AMP_TYPES, FREE, as_flags, choose_amp
 
 # ---------------------------------------------------------------- before training
 
@@ -48,7 +47,7 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     """
     distributed.check_divides(flags.batch_size)
     device = distributed.start(use_device(flags))
-    choose_amp(flags.amp, device)  # refuses a type that the device has not
+    flags.amp = choose_amp(flags.amp, device)  # from here on no longer "auto"; kept on resuming
     if flags.dataset != "folder" and flags.image_size != 32:
         advice = "use other weights" if flags.init else "omit it"
         raise UserError(f"--image-size {flags.image_size} is for --dataset folder alone: {advice}")
@@ -75,6 +74,8 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     if checkpoint is not None:
         refuse_other_images(metadata, checkpoint)
     notes = [data.note] if data.note else []
+    if checkpoint is not None and flags.amp != "off" == choose_amp("auto", device):
+        notes.append(f"{flags.amp} as before, but slow on this device: --amp off is faster")
     if source is not None:
         head = start_from(model, *source, config, data.classes)
         notes.append(f"starting from the weights of {flags.init}{head}")
@@ -92,7 +93,7 @@ def description(data: Data, flags, model_name: str, config: dict, model, device)
     threads = f" (threads: {torch.get_num_threads()})" if device.type == "cpu" else ""
     number = distributed.world_size()
     processes = f"{number} processes, each on " if number > 1 else ""
-    precision = str(choose_amp(flags.amp, device) or torch.float32).removeprefix("torch.")
+    precision = str(AMP_TYPES[flags.amp]).removeprefix("torch.")
     return (
         f"{data.name}: {len(data.classes)} classes ({quoted(data.classes)}); "
         f"{len(data.train):,} training, {len(data.val):,} validation, "

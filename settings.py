@@ -7,6 +7,8 @@ changes, 4. the script's recipe. With --resume the values come from the checkpoi
 import argparse
 from pathlib import Path
 
+import torch
+
 import distributed
 from checkpoint import load_checkpoint
 from cli import (
@@ -25,6 +27,7 @@ from cli import (
     writing,
 )
 from models import network_defaults
+from optimizers import fast_bfloat16
 
 # Flags that may differ when a training is resumed: how and where it runs.
 CHANGEABLE = {"device", "threads", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
@@ -94,7 +97,7 @@ def _add_run_flags(group) -> None:
     add, amp = group.add_argument, ("auto", "off", "bf16", "fp16")
     add("--recipe", choices=("fast", "best"), default="fast", help="best: longer, meant for a GPU")
     add_device_flags(group)
-    add("--amp", choices=amp, default="auto", help="mixed precision; auto: with CUDA only")
+    add("--amp", choices=amp, default="auto", help="mixed precision; auto: where it is fast")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--init", type=path_type, metavar="FILE", help="start from the weights of a checkpoint")
     add("--out-dir", type=path_type, metavar="DIR", help="default: runs/<dataset>-<model>")
@@ -257,3 +260,22 @@ def refuse_conflicts(typed: dict, saved: dict, what: str, advice: dict) -> None:
                 f"--{key.replace('_', '-')} {value} conflicts with {what}, which has "
                 f"{saved[key]}: {advice.get(key, usual)}"
             )
+
+
+AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_amp(name: str, device: torch.device) -> str:
+    """What `--amp name` means on `device`: a key of `AMP_TYPES`.
+
+    Raises:
+        UserError: an unknown name, or float16, whose gradient scaler needs a GPU, elsewhere.
+    """
+    if name == "auto":
+        half = "fp16" if device.type == "cuda" else "off"
+        return "bf16" if fast_bfloat16(device) else half
+    if name not in AMP_TYPES:
+        raise UserError(f"--amp {name}: use auto, {', '.join(AMP_TYPES)}")
+    if name == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp fp16 needs --device cuda, not {device.type}; use --amp off")
+    return name

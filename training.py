@@ -17,10 +17,10 @@ from tqdm import tqdm
 import distributed
 from batches import epoch_seed
 from checkpoint import check_finite, check_metadata, restore, save_epoch, training_state
-from cli import choose_amp
 from logs import close_logs, log_epoch, open_logs, remove_files
 from models import unwrap
 from optimizers import rates
+from settings import AMP_TYPES, choose_amp
 from stopping import finishing_steps, stop_if_asked
 
 
@@ -75,9 +75,9 @@ def train(
     check_metadata(metadata, network)  # now, not when the first checkpoint is used
     epochs, steps_per_epoch = settings.epochs, limited_length(train_batches, settings.limit_batches)
     total_steps = epochs * steps_per_epoch  # optimizer steps
-    amp_dtype = choose_amp(settings.amp, device)
-    autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    amp = choose_amp(settings.amp, device)  # automatic mixed precision: off, bf16 or fp16
+    autocast = torch.autocast(device.type, AMP_TYPES[amp], enabled=amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     ema = copy.deepcopy(network).eval() if settings.ema_decay else None
     step, best, history, last = 0, None, [], checkpoint
     if checkpoint is not None:

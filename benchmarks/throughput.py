@@ -37,9 +37,10 @@ from common import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli import Parser, choose_amp, command, integer, run
+from cli import Parser, command, integer, run
 from data import Data, Split
 from prepare import make_batches
+from settings import AMP_TYPES, choose_amp
 
 PEAK_SIZE = 8192  # of the matrices whose product is taken for the peak
 
@@ -53,11 +54,11 @@ def synchronised() -> float:
 
 def bare_seconds(model, optimizer, batch, steps: int) -> float:
     """Time of forward, backward and step."""
-    amp_dtype, (x, y) = choose_amp("auto", DEVICE), batch
+    amp, (x, y) = choose_amp("auto", DEVICE), batch
     model.train()
     started = synchronised()
     for _ in range(steps):
-        with torch.autocast(DEVICE.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        with torch.autocast(DEVICE.type, AMP_TYPES[amp], enabled=amp != "off"):
             logits = model(x)
         F.cross_entropy(logits.float(), y).backward()
         optimizer.step()
@@ -72,7 +73,7 @@ def loop_seconds(model, optimizer, batches, settings) -> float:
 
 def matrix_flops_per_second() -> float:
     """Floating-point operations per second of a matrix product, in the type of training."""
-    dtype = choose_amp("auto", DEVICE) or torch.float32
+    dtype = AMP_TYPES[choose_amp("auto", DEVICE)]
     a, b = torch.randn(2, PEAK_SIZE, PEAK_SIZE, device=DEVICE, dtype=dtype)
     a @ b
     seconds = []

@@ -105,6 +105,24 @@ def test_both_paths_of_attention_agree(attention_and_tokens):
     torch.testing.assert_close(written_out, attention(tokens), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [17, 145])
+def test_attention_in_bfloat16_agrees_with_float32(tokens):
+    """Few tokens: two products. Many: the fused kernel. Both with their gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(2, tokens, 48)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        attention = Attention(48, 4)
+        nn.init.normal_(attention.qkv.weight, std=0.15)
+        attention.to(dtype)
+        out = attention(x.to(dtype))
+        out.float().square().sum().backward()
+        found.append((out.float(), attention.qkv.weight.grad.float()))
+    for exact, rounded in zip(*found, strict=True):
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
 def test_attention_equals_multiheadattention(attention_and_tokens):
     ours, tokens = attention_and_tokens
     theirs = nn.MultiheadAttention(48, 4, batch_first=True)

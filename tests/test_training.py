@@ -28,6 +28,7 @@ from checkpoint import load_checkpoint, load_model, make_metadata, save_checkpoi
 from data import load_data
 from models import CNN, MODELS, ViT
 from optimizers import Muon, muon_and_adamw
+from settings import choose_amp
 from training import TrainingSettings, epoch_seed, lr_at, update_average
 
 FAST = ["--dataset", "digits", "--device", "cpu", "--limit-batches", "5", "--pictures", "off"]
@@ -61,14 +62,6 @@ def test_average_follows_a_constant_exactly_and_a_change_by_one_minus_d():
     assert ema.weight.tolist() == pytest.approx([0.12 + 2.7] * 2)
 
 
-def test_amp_chosen():
-    cpu = torch.device("cpu")
-    assert cli.choose_amp("auto", cpu) is None and cli.choose_amp("off", cpu) is None
-    assert cli.choose_amp("bf16", cpu) is torch.bfloat16
-    with pytest.raises(cli.UserError, match="--amp fp16"):
-        cli.choose_amp("fp16", cpu)
-
-
 def test_muon_has_the_hidden_matrices_and_decay_spares_norms_biases_and_positions():
     settings = SimpleNamespace(lr=0.5, muon_lr=0.25, weight_decay=0.1)
     for model, matrices, weights in (
@@ -98,29 +91,42 @@ def test_muon_has_the_hidden_matrices_and_decay_spares_norms_biases_and_position
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 1, 3, 3), (64, 2, 3, 3), (6, 9), (9, 6)])
 def test_muon_steps_are_those_of_pytorch(memory, shape, monkeypatch):
-    """Three steps in bfloat16, as torch.optim.Muon takes them on matrices; the rate changes."""
-    monkeypatch.setattr(optimizers, "iteration_type", lambda device: torch.bfloat16)
+    """Three steps of three matrices in bfloat16, as torch.optim.Muon takes them one by one."""
+    monkeypatch.setattr(optimizers, "fast_bfloat16", lambda device: True)
     memory = {"memory_format": memory} if len(shape) == 4 else {}
-    start = torch.randn(shape)
-    ours, theirs = (
-        torch.nn.Parameter(w) for w in (start.clone(**memory), start.flatten(1).clone())
-    )
-    muon = Muon({"params": [ours]}, lr=0.1, weight_decay=0.1)
-    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1)
+    start = torch.randn(3, *shape)
+    ours = [torch.nn.Parameter(w.clone(**memory)) for w in start]
+    theirs = [torch.nn.Parameter(w.flatten(1).clone()) for w in start]
+    muon = Muon({"params": ours}, lr=0.1, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1)
     for lr in (0.1, 0.3, 0.2):
-        gradient = torch.randn(shape)
-        ours.grad, theirs.grad = gradient.to(**memory), gradient.flatten(1).clone()
+        before = [(w.detach().flatten(1).clone(), r.detach().clone()) for w, r in zip(ours, theirs, strict=True)]
+        for w, r in zip(ours, theirs, strict=True):
+            gradient = torch.randn(shape)
+            w.grad, r.grad = gradient.to(**memory), gradient.flatten(1).clone()
         for optimizer in (muon, reference):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-        torch.testing.assert_close(ours.flatten(1), theirs)
-    assert (ours - start).norm() > 0.1
+        for w, r, (w_before, r_before) in zip(ours, theirs, before, strict=True):
+            update, expected = w.detach().flatten(1) - w_before, r.detach() - r_before
+            ulp = expected.abs().max().bfloat16()
+            ulp = torch.nextafter(ulp, torch.tensor(torch.inf).bfloat16()) - ulp
+            assert (update - expected).abs().max() <= 2 * ulp
+            cosine = torch.nn.functional.cosine_similarity
+            assert cosine(update.flatten(), expected.flatten(), dim=0) > 0.9999
+    assert all((w - s).norm() > 0.1 for w, s in zip(ours, start, strict=True))
 
 
-def test_muon_in_float32_agrees_with_bfloat16_and_with_the_singular_vectors():
+def test_muon_in_float32_agrees_with_bfloat16_and_with_the_singular_vectors(monkeypatch):
     matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(0))
-    ours = optimizers.orthogonalise(matrix, torch.float32)
-    half = optimizers.orthogonalise(matrix, torch.bfloat16)
+    found = {}
+    for fast in (False, True):
+        monkeypatch.setattr(optimizers, "fast_bfloat16", lambda device, fast=fast: fast)
+        # One batch: each matrix is divided by its own norm.
+        found[fast], scaled = optimizers.orthogonalise(torch.stack([matrix, 100 * matrix]))
+        torch.testing.assert_close(found[fast], scaled, atol=0.02 if fast else 1e-5, rtol=0)
+    ours, half = found[False], found[True]
+    assert half.dtype == torch.bfloat16 and ours.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(ours.flatten(), half.flatten(), dim=0) > 0.999
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
     inside = u.T @ ours @ vt.T  # diagonal, since only the singular values change
@@ -323,16 +329,45 @@ def test_validation_leaves_batch_norm_alone():
     assert torch.equal(model[0].running_mean, before)
 
 
-def test_bfloat16_where_it_is_fast(monkeypatch):
-    choose = optimizers.iteration_type.__wrapped__  # not from the cache
-    for capabilities, expected in (
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({"avx2": True, "avx512_bf16": False}, torch.float32),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
-        assert choose(torch.device("cpu")) is expected
-        assert choose(torch.device("cuda")) is torch.bfloat16
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx2": True, "avx512_bf16": False}, "off"),
+    ],
+)
+def test_bfloat16_where_it_is_fast(capabilities, expected, monkeypatch):
+    fast = optimizers.fast_bfloat16.__wrapped__  # not from the cache
+    monkeypatch.setattr(settings_module, "fast_bfloat16", fast)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_amp("auto", torch.device("cpu")) == expected
+    assert choose_amp("auto", torch.device("mps")) == "off"
+    for half, type_name in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, h=half: h)
+        assert choose_amp("auto", torch.device("cuda")) == type_name
+
+
+def test_amp_chosen():
+    cpu = torch.device("cpu")
+    assert [choose_amp(name, cpu) for name in ("off", "bf16")] == ["off", "bf16"]
+    with pytest.raises(cli.UserError, match="--amp fp16"):
+        choose_amp("fp16", cpu)
+
+
+def test_the_type_of_a_run_is_stored_and_kept(tmp_path, monkeypatch, capsys, interrupted):
+    """`auto` is resolved when a run starts. Where it would differ on resuming, one line says so."""
+    argv = ["--dataset", "digits", *TINY_CNN, "--epochs", "2", "--device", "cpu"]
+    argv += ["--limit-batches", "2", "--pictures", "off", "--out-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(settings_module, "fast_bfloat16", lambda device: True)
+    interrupted(train_cnn.main, *argv)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["settings"]["amp"] == "bf16"
+    monkeypatch.setattr(settings_module, "fast_bfloat16", lambda device: False)
+    capsys.readouterr()
+    train_cnn.main([*argv, "--resume"])
+    printed = capsys.readouterr().out
+    assert "bfloat16" in printed and "--amp off is faster" in printed
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["settings"]["amp"] == "bf16"
 
 
 def test_a_flag_that_an_older_run_lacks_has_its_default(trained, tmp_path, fails):
@@ -361,7 +396,7 @@ def test_every_epoch_has_its_own_seed(tmp_path):
 
 def test_muon_resumes_from_a_state_of_pytorchs(monkeypatch):
     """Checkpoints of before November 2026 have it, without `lr_scale`."""
-    monkeypatch.setattr(optimizers, "iteration_type", lambda device: torch.bfloat16)
+    monkeypatch.setattr(optimizers, "fast_bfloat16", lambda device: True)
     start, gradient = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
     weight = torch.nn.Parameter(start.flatten(1).clone())
     theirs = torch.optim.Muon([weight], lr=0.1, weight_decay=0.1)
@@ -420,7 +455,7 @@ def test_gradients_are_unscaled_before_they_are_clipped(tmp_path, monkeypatch):
     """One step at rate 1 in float16, whose scaler multiplies by 65,536, is as long as `clip`."""
     model, batches, _ = linear_and_batches()
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    monkeypatch.setattr(training, "choose_amp", lambda name, device: torch.float16)
+    monkeypatch.setattr(training, "choose_amp", lambda name, device: "fp16")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     train_linear(tmp_path, batches[:1], model, optimizer, epochs=1, lr=1.0)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
