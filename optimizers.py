@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 
-def parameter_groups(named_parameters) -> list[dict]:
+def parameter_groups(named_parameters, weight_decay: float) -> list[dict]:
     """Two groups: weights, and what never decays (norms, biases, class token, positions)."""
     weights, others = [], []
     for name, parameter in named_parameters:
         decays = parameter.ndim >= 2 and name.split(".")[-1] not in ("class_token", "positions")
         (weights if decays else others).append(parameter)
-    return [{"params": weights}, {"params": others, "weight_decay": 0}]
+    return [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0},
+    ]
 
 
 def rates(optimizer) -> dict[str, float]:
@@ -46,9 +49,7 @@ def muon_and_adamw(model: nn.Module, hidden: nn.Module, flags) -> "Optimizers":
     }
     return Optimizers(
         Muon(muon, lr=flags.muon_lr, weight_decay=flags.weight_decay),
-        torch.optim.AdamW(
-            parameter_groups(rest), flags.lr, weight_decay=flags.weight_decay, fused=True
-        ),
+        torch.optim.AdamW(parameter_groups(rest, flags.weight_decay), flags.lr, fused=True),
     )
 
 

@@ -1,7 +1,7 @@
 """Flags of a training, where their values come from, and the rules of resuming.
 
-Order of precedence: 1. what is typed, 2. what --dataset digits changes, 3. what --recipe best
-changes, 4. the script's recipe. With --resume the values come from the checkpoint.
+Order of precedence: 1. what is typed, 2. what --dataset digits changes, 3. what --recipe changes,
+4. the script's recipe. With --resume the values come from the checkpoint.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from cli import (
     naming,
     non_negative,
     path_type,
-    positive,
     real,
     writing,
 )
@@ -35,6 +34,8 @@ CHANGEABLE |= {"pictures", "run_id"}
 
 FREE = {"drop_path"}  # of the network, but without weights: may differ with --init
 
+AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
     "images and splits": (
         ("--image-size", integer(32, 128), 32, "side of a folder's images in pixels, 32 to 128"),
@@ -44,14 +45,14 @@ NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
     "training": (
         ("--epochs", integer(1, 10**6), 10, "passes over the training images"),
         ("--batch-size", integer(1), 128, "images per step"),
-        ("--lr", positive, 1e-3, "peak learning rate of AdamW"),
+        ("--lr", real(1e-30, 1e30), 1e-3, "peak learning rate of AdamW, or of SGD"),
         ("--muon-lr", real(1e-30, 1e30), 0.02, "peak learning rate of Muon (blocks or stages)"),
         ("--warmup", real(0, 0.9), 0.0, "fraction of the steps in which the rates rise"),
         (
             "--weight-decay",
             non_negative,
             0.0,
-            "weight decay of AdamW and Muon, not of norms, biases",
+            "weight decay, not of norms and biases",
         ),
         ("--label-smoothing", real(0, 0.9), 0.0, "label smoothing; 0: none"),
         ("--clip", non_negative, 0.0, "largest norm of the gradient; 0: no clipping"),
@@ -65,18 +66,19 @@ NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
 }
 
 
-def training_parser(manual: str, recipe: dict, best: dict, digits: dict) -> Parser:
+def training_parser(manual: str, recipe: dict, changes: dict) -> Parser:
     """The flags that all training scripts share; `recipe` has the defaults that differ from here.
 
     Args:
         manual: the script's docstring, for --help.
         recipe: defaults by name, those of the network's own flags among them.
-        best: what --recipe best changes.
-        digits: what --dataset digits changes.
+        changes: what each other recipe changes, by its name, and what "digits" changes.
     """
-    changes = {"--recipe best": best, "--dataset digits": digits}
-    lines = [f"{flag} sets {as_flags(new)}" for flag, new in changes.items()]
-    lines.append("With both, --dataset digits decides. A flag that you type decides over either.")
+    lines = []
+    for name, new in changes.items():
+        flag = "--dataset digits" if name == "digits" else f"--recipe {name}"
+        lines.append(f"{flag} sets {as_flags(new)}")
+    lines.append("Of two of these the lower line decides, and a flag that you type over all.")
     parser = Parser(manual, epilog="\n".join(lines))
     add_data_flags(parser)
     for title, rows in NUMERIC_FLAGS.items():
@@ -88,14 +90,15 @@ def training_parser(manual: str, recipe: dict, best: dict, digits: dict) -> Pars
     on_off = {"action": argparse.BooleanOptionalAction, "default": False}
     group.add_argument("--flip", **on_off, help="mirror half of the images")
     group.add_argument("--auto-augment", **on_off, help="TrivialAugmentWide")
-    _add_run_flags(parser.add_argument_group("run"))
+    recipes = ("fast", *(name for name in changes if name != "digits"))
+    _add_run_flags(parser.add_argument_group("run"), recipes)
     parser.set_defaults(**recipe)
     return parser
 
 
-def _add_run_flags(group) -> None:
-    add, amp = group.add_argument, ("auto", "off", "bf16", "fp16")
-    add("--recipe", choices=("fast", "best"), default="fast", help="best: longer, meant for a GPU")
+def _add_run_flags(group, recipes) -> None:
+    add, amp = group.add_argument, ("auto", *AMP_TYPES)
+    add("--recipe", choices=recipes, default="fast", help="a set of these flags; see below")
     add_device_flags(group)
     add("--amp", choices=amp, default="auto", help="mixed precision; auto: where it is fast")
     add("--compile", action="store_true", help="compile the network with torch.compile")
@@ -124,8 +127,8 @@ def as_flags(values: dict) -> str:
     return " ".join(words)
 
 
-def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict):
-    """Read the command line, and make --out-dir.
+def parse_flags(parser: Parser, argv, model_name: str, changes: dict):
+    """Read the command line, and make --out-dir. `changes` as for `training_parser`.
 
     Returns:
         (all flags, the checkpoint to resume from or None).
@@ -141,10 +144,13 @@ def parse_flags(parser: Parser, argv, model_name: str, best: dict, digits: dict)
     typed = vars(parser.parse_args(argv, namespace))
     typed = {key: value for key, value in typed.items() if value is not not_typed}
     typed["run_id"] = distributed.run_id()
-    values = defaults | (best if typed.get("recipe") == "best" else {})
-    values |= (digits if typed.get("dataset") == "digits" else {}) | typed
+    digits = changes["digits"] if typed.get("dataset") == "digits" else {}
+    recipe = (defaults | digits | typed)["recipe"]
+    values = defaults | changes.get(recipe, {}) | digits | typed
+    if recipe == "plain" and "muon_lr" in typed:
+        raise UserError("--muon-lr has no effect with --recipe plain, which has no Muon: omit it")
     if values["out_dir"] is None:
-        suffix = "-best" if values["recipe"] == "best" else ""
+        suffix = "" if recipe == (defaults | digits)["recipe"] else f"-{recipe}"
         values["out_dir"] = Path("runs", f"{values['dataset']}-{model_name}{suffix}")
     out_dir = values["out_dir"]
     if values["run_id"] and not values["resume"] and saved_run_id(out_dir) == values["run_id"]:
@@ -260,9 +266,6 @@ def refuse_conflicts(typed: dict, saved: dict, what: str, advice: dict) -> None:
                 f"--{key.replace('_', '-')} {value} conflicts with {what}, which has "
                 f"{saved[key]}: {advice.get(key, usual)}"
             )
-
-
-AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_amp(name: str, device: torch.device) -> str:

@@ -9,12 +9,14 @@ Times are for two CPU cores; slower ones need twice as long. The 89% are on a JP
 with tensorboard --logdir runs
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
 from cli import command, integer, run
 from logs import Pictures
-from optimizers import muon_and_adamw
+from optimizers import muon_and_adamw, parameter_groups
 from prepare import prepare, print_next_steps
 from settings import parse_flags, training_parser
 from training import TrainingSettings, train
@@ -34,13 +36,23 @@ RECIPE = {  # --recipe fast
     "erase": 8,
     "auto_augment": False,
     "mix": 0.0,
+    "whiten": True,
     "stem": 16,
     "widths": [48, 112],
     "depths": [1, 2],
 }
-# What --recipe best changes, and what --dataset digits changes.
-BEST = {"epochs": 100, "auto_augment": True, "erase": 0}
-DIGITS = {"epochs": 10, "batch_size": 32, "flip": False, "erase": 0, "ema_decay": 0.98}
+CHANGES = {
+    "best": {"epochs": 100, "auto_augment": True, "erase": 0},
+    "plain": {  # SGD, flips and shifts
+        "lr": 0.15,
+        "weight_decay": 5e-4,
+        "label_smoothing": 0.0,
+        "ema_decay": 0.0,
+        "erase": 0,
+        "whiten": False,
+    },
+    "digits": {"recipe": "plain", "epochs": 10, "batch_size": 32, "flip": False, "erase": 0},
+}
 
 
 def whiten(model, images: torch.Tensor) -> None:
@@ -60,21 +72,29 @@ def whiten(model, images: torch.Tensor) -> None:
 
 
 def make_optimizer(model, flags):
-    """Muon for the stages' filters, AdamW for all the rest."""
+    """SGD with momentum if the recipe is plain; else Muon for filters, AdamW for the rest."""
+    if flags.recipe == "plain":
+        groups = parameter_groups(model.named_parameters(), flags.weight_decay)
+        return torch.optim.SGD(groups, flags.lr, momentum=0.9, nesterov=True)
     return muon_and_adamw(model, model.stages, flags)
 
 
 @command
 def main(argv=None):
-    parser = training_parser(__doc__, RECIPE, BEST, DIGITS)
+    parser = training_parser(__doc__, RECIPE, CHANGES)
     add = parser.add_argument_group("CNN").add_argument
+    add(
+        "--whiten",
+        action=argparse.BooleanOptionalAction,
+        help="first filters: the principal components of the images' patches, frozen",
+    )
     add("--stem", type=integer(1, 54), metavar="N", help="channels of the first convolution")
     add("--widths", type=integer(1), nargs="+", metavar="N", help="channels of each stage")
     add("--depths", type=integer(0, 1000), nargs="+", metavar="N", help="blocks of each stage")
-    flags, checkpoint = parse_flags(parser, argv, "cnn", BEST, DIGITS)
+    flags, checkpoint = parse_flags(parser, argv, "cnn", CHANGES)
 
     model, train_batches, val_batches, metadata = prepare(flags, "cnn", checkpoint)
-    if flags.init is None:
+    if flags.whiten and flags.init is None:
         whiten(model, next(iter(train_batches))[0])
     optimizer = make_optimizer(model, flags)
     settings = TrainingSettings.from_flags(flags)

@@ -47,7 +47,7 @@ def add_results_flag(parser, name: str) -> None:
 
 def recipe_settings(name: str, **changes) -> argparse.Namespace:
     """The settings of a script's recipe, updated with `changes`, and the number of classes."""
-    common = {"classes": 10, "seed": 0, "amp": "auto", "limit_batches": None}
+    common = {"classes": 10, "recipe": "fast", "seed": 0, "amp": "auto", "limit_batches": None}
     return argparse.Namespace(**SCRIPTS[name].RECIPE | common | changes)
 
 
@@ -68,8 +68,8 @@ def new_training(name: str, settings: argparse.Namespace, images: torch.Tensor):
 
 def adamw(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW for all parameters of a network."""
-    groups = parameter_groups(model.named_parameters())
-    return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=True)
+    groups = parameter_groups(model.named_parameters(), weight_decay)
+    return torch.optim.AdamW(groups, lr, fused=True)
 
 
 def train_for(model, optimizer, train_batches, val_batches, *, classes, lr_at=None, **settings):

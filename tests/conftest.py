@@ -61,7 +61,8 @@ def trained(tmp_path_factory):
     import train_vit
 
     folder = tmp_path_factory.mktemp("trained")
-    common = ["--dataset", "digits", "--epochs", "2", "--device", "cpu", "--pictures", "off"]
+    common = ["--dataset", "digits", "--recipe", "fast", "--amp", "off"]
+    common += ["--epochs", "2", "--device", "cpu", "--pictures", "off"]
     train_cnn.main([*common, *TINY_CNN, "--out-dir", str(folder / "digits-cnn")])
     train_vit.main([*common, *TINY_VIT, "--out-dir", str(folder / "digits-vit")])
     return {name: folder / f"digits-{name}" / "best.pt" for name in ("cnn", "vit")}

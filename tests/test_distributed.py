@@ -218,7 +218,8 @@ def killed(*argv) -> None:
     call(train_cnn.main, *argv)
 
 
-THREE_EPOCHS = ["--dataset", "digits", "--epochs", "3", *TINY_CNN, "--pictures", "off", "--out-dir"]
+THREE_EPOCHS = ["--dataset", "digits", "--recipe", "fast", "--amp", "off", "--epochs", "3"]
+THREE_EPOCHS += [*TINY_CNN, "--pictures", "off", "--out-dir"]
 
 
 def same_weights(one, other) -> None:
@@ -263,7 +264,7 @@ def test_torchrun_restarts_a_killed_process(tmp_path, times):
 @pytest.mark.parametrize("script", [train_cnn, train_vit])
 def test_recipes_reach_the_same_accuracy(tmp_path, script):
     """With the recipe's optimizers: digits, two processes against one."""
-    argv = ["--dataset", "digits", "--pictures", "off", "--out-dir"]
+    argv = ["--dataset", "digits", "--recipe", "fast", "--pictures", "off", "--out-dir"]
     script.main([*argv, str(tmp_path / "one")])
     in_processes(2, call, script.main, *argv, str(tmp_path / "two"))
     accuracies = []

@@ -22,7 +22,8 @@ import train_cnn
 import training
 from checkpoint import load_checkpoint
 
-ARGV = ["--dataset", "digits", "--device", "cpu", "--epochs", "3", *TINY_CNN, "--pictures", "off"]
+ARGV = ["--dataset", "digits", "--recipe", "fast", "--device", "cpu", "--amp", "off"]
+ARGV += ["--epochs", "3", *TINY_CNN, "--pictures", "off"]
 ARGV += ["--limit-batches", "10"]
 
 

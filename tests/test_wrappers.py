@@ -20,7 +20,7 @@ from models import CNN, MODELS, unwrap
 from training import TrainingSettings
 
 DIGITS = ["--dataset", "digits", "--device", "cpu", "--amp", "off", "--limit-batches", "5"]
-DIGITS += ["--pictures", "off"]
+DIGITS += ["--recipe", "fast", "--pictures", "off"]
 CONFIG = {"classes": 10, "stem": 4, "widths": [8, 8], "depths": [0, 0]}
 FACTS = {"classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ def test_a_wrapped_model_leaves_no_prefix(tmp_path, wrapper, ema_decay):
 def test_decay_spares_the_positions_of_a_wrapped_vit():
     vit = MODELS["vit"](dim=16, depth=1, heads=2, patch_size=8)
     compiled = torch.compile(vit, backend="aot_eager")
-    groups = [optimizers.parameter_groups(m.named_parameters()) for m in (vit, compiled)]
+    groups = [optimizers.parameter_groups(m.named_parameters(), 0.1) for m in (vit, compiled)]
     ids = [[[id(p) for p in group["params"]] for group in pair] for pair in groups]
     assert ids[0] == ids[1] and id(vit.positions) in ids[1][1]
 
