@@ -1,5 +1,7 @@
 """The networks that ours are compared with, written from their descriptions."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -81,3 +83,55 @@ class SeparableResNet(nn.Module):
             for block in stage:
                 x = (x + block(x)) / 2**0.5
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for CIFAR: 272,474 parameters (He et al. 2016, arXiv 1512.03385, sec. 4.2).
+
+    Shortcuts have no parameters: every second pixel, and zeros for new channels.
+    """
+
+    def __init__(self, classes: int = 10):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(ins, outs, 3, 1 + (ins < outs), 1, bias=False), nn.BatchNorm2d(outs),
+                nn.ReLU(), nn.Conv2d(outs, outs, 3, padding=1, bias=False), nn.BatchNorm2d(outs),
+            )
+            for ins, outs in itertools.pairwise(widths)
+        )  # fmt: skip
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x):
+        """Images (B, 3, H, W) -> logits (B, C)."""
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            y = block(x)
+            if y.shape != x.shape:
+                x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+            x = F.relu(x + y)
+        return self.head(x.mean((2, 3)))
+
+
+class TutorialViT(nn.Module):
+    """The ViT of the UvA deep learning tutorials, no. 15: 256 wide, 6 deep, 8 heads, 3.2M."""
+
+    def __init__(self, classes: int = 10):
+        super().__init__()
+        self.patchify = nn.Conv2d(3, 256, 4, stride=4)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 256))
+        self.positions = nn.Parameter(torch.randn(1, 65, 256))
+        self.dropout = nn.Dropout(0.2)
+        layer = nn.TransformerEncoderLayer(
+            256, 8, 512, dropout=0.2, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, classes))
+
+    def forward(self, x):
+        """Images (B, 3, 32, 32) -> logits (B, C)."""
+        x = self.patchify(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        return self.head(self.blocks(self.dropout(x))[:, 0])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import platform
 import statistics
 import sys
 import time
@@ -12,15 +13,20 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_CNN
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation
+import alternatives
 import common
+import curves
 import explain_cost
 import gpu
 import ingredients
 import make_jpeg_copy
+import originals
+import peers
 import seeds
 import shortcut
 import throughput
@@ -30,13 +36,13 @@ import models
 import train_cnn
 import train_vit
 import training
-from checkpoint import load_model
+from checkpoint import load_checkpoint, load_model
 from data import load_data
 
 CLASSES = ["bright", "dark"]  # of the fixture `photos`
 SCRIPTS = (
-    "ablation explain_cost gpu make_jpeg_copy make_photos notebook seeds shortcut throughput "
-    "train_peer"
+    "ablation alternatives curves explain_cost gpu make_jpeg_copy make_photos notebook originals "
+    "seeds shortcut throughput train_peer"
 ).split()
 PACKAGES = {"make_photos": "skimage", "notebook": "lightning"}
 
@@ -334,6 +340,78 @@ def test_seeds_refuses_an_unfinished_run(results, photos, tmp_path, fails, monke
     with pytest.raises(SystemExit):
         seeds.main([*argv, "--", "--dataset", "folder", "--data-dir", str(photos)])
     assert "is not finished" in fails(seeds.main, *argv)
+
+
+def test_alternatives(results, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(alternatives.PEERS["resnet-20"][2], "batch_size", 8)
+    monkeypatch.setitem(alternatives.PEERS["tutorial-vit"][2], "batch_size", 8)
+    monkeypatch.setitem(alternatives.PEERS["notebook-cnn"][2], "batch_size", 8)
+    figure = tmp_path / "curves.png"
+    argv = ["--data-dir", str(photos), "--minutes", "1e-9", "--steps", "1", "--limit-batches", "1"]
+    alternatives.main([*argv, "--figure", str(figure), *results.flags])
+    rows = results.rows()
+    assert [row["name"] for row in rows] == [
+        "cnn",
+        "vit",
+        "resnet-20",
+        "tutorial-vit",
+        "notebook-cnn",
+    ]
+    for row in rows:
+        assert_environment(row)
+        assert len(row["history"]) == 1 and 0 <= row["history"][0]["val_accuracy"] <= 1
+    assert Image.open(figure).size[0] > 400
+
+
+def test_peers_are_as_published():
+    """Parameters, as in the papers: .27M and 3.2M; ResNet-20 against a block written out."""
+    assert models.count_parameters(peers.ResNet20()) == 272_282 + 192
+    assert models.count_parameters(peers.TutorialViT()) == pytest.approx(3.2e6, rel=0.01)
+    rates = [alternatives.two_steps(step, 18, 0, 1.0) for step in (0, 9, 10, 14, 15, 17)]
+    assert rates == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    net, x = peers.ResNet20().eval(), torch.randn(1, 16, 8, 8)
+    y = net.blocks[3](x)
+    assert y.shape == (1, 32, 4, 4)
+
+
+def test_originals(results, teacher, photos, tmp_path, capsys, fails):
+    """All test images twice: as they are, and as JPEG."""
+    for path in sorted(photos.glob("test/*/*.png")):
+        for kind, suffix in (("original", ".png"), ("jpeg", ".jpg")):
+            copy = (tmp_path / kind / path.relative_to(photos)).with_suffix(suffix)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).save(copy)
+    folders = ["--originals", str(tmp_path / "original"), "--jpeg"]
+    originals.main([str(teacher), *folders, str(tmp_path / "jpeg"), *results.flags])
+    (row,) = results.rows()
+    assert_environment(row)
+    for mean, low, high in (row["originals"], row["jpeg"]):
+        assert low <= mean <= high and mean * 8 == round(mean * 8)
+    only = row["right_in_one_only"]
+    assert (only[0] - only[1]) / 8 == row["originals"][0] - row["jpeg"][0]
+    assert "95%" in capsys.readouterr().out
+    copy.unlink()
+    assert "not the images of" in fails(originals.main, teacher, *folders, tmp_path / "jpeg")
+
+
+def test_wilsons_interval():
+    """Newcombe 1998 (Stat. Med. 17, 857), table I: 81 of 263 gives .2553 to .3662."""
+    assert originals.with_interval(81, 263) == [0.308, 0.2553, 0.3662]
+
+
+def test_curves(teacher, tmp_path, fails):
+    curves.main([str(teacher), str(tmp_path / "curves")])
+    history = load_checkpoint(teacher)["history"]
+    for part in ("train", "val"):
+        (file,) = (tmp_path / "curves" / part).iterdir()
+        events = EventAccumulator(str(file)).Reload()
+        assert events.Tags()["scalars"] == ["epoch/loss", "epoch/accuracy"]
+        point = events.Scalars("epoch/accuracy")[-1]
+        assert point.step == history[-1]["step"]
+        assert point.wall_time == pytest.approx(history[-1]["seconds"])
+        assert point.value == pytest.approx(history[-1][f"{part}_accuracy"])
+        assert platform.node().encode() not in file.read_bytes() + file.name.encode()
+    assert "exists already" in fails(curves.main, teacher, tmp_path / "curves")
 
 
 # ---------------------------------------------------------------- gpu.py

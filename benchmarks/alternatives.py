@@ -1,0 +1,157 @@
+"""What a user would pick instead: each trains for the same time, and validation accuracy counts.
+
+    python benchmarks/alternatives.py --data-dir data/cifar10-jpeg --minutes 30
+
+- `cnn`, `vit`: our networks and recipes;
+- `resnet-20`: SGD .1 with momentum .9, weight decay 1e-4, batch 128, flips, shifts of up to 4
+  pixels, half a cosine (He et al. 2016, with today's usual schedule);
+- `tutorial-vit`: the UvA tutorial's, AdamW 3e-4, batch 128, clipping at 1, the rate divided by 10
+  after 100/180 and 150/180 of the epochs; flips and shifts of 2 pixels for its random crops;
+- `notebook-cnn`: the notebook's, Adam 1e-3, batch 64, no augmentation, no schedule.
+
+A few steps measure the speed, which gives the whole epochs that fit. All train in our loop, on the
+same images, in the same precision. Appends results to benchmarks/results/alternatives.jsonl, and
+draws the curves into --figure. The test split is not used.
+"""
+
+import functools
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from common import (
+    DEVICE,
+    SCRIPTS,
+    adamw,
+    add_folder_flag,
+    add_results_flag,
+    append,
+    new_training,
+    recipe_settings,
+    train_for,
+)
+from peers import NotebookCNN, ResNet20, TutorialViT
+
+import training
+from batches import Batches
+from cli import Parser, command, integer, path_type, positive, run
+from data import load_data
+from figures import with_plain_text
+from models import count_parameters
+from prepare import make_batches
+
+
+def cosine(step: int, total_steps: int, warmup: float, peak: float) -> float:
+    """Half a cosine from the peak down to 0."""
+    return peak * (1 + math.cos(math.pi * step / total_steps)) / 2
+
+
+def two_steps(step: int, total_steps: int, warmup: float, peak: float) -> float:
+    """Divided by 10 after 100/180 and again after 150/180 of all steps."""
+    done = 180 * step / total_steps
+    return peak * (1 if done < 100 else 0.1 if done < 150 else 0.01)
+
+
+def constant(step: int, total_steps: int, warmup: float, peak: float) -> float:
+    return peak
+
+
+def sgd(model) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+
+
+# network, optimizer, settings, schedule, augmentation
+PEERS = {
+    "resnet-20": (
+        ResNet20,
+        sgd,
+        {"lr": 0.1, "batch_size": 128},
+        cosine,
+        {"flip": True, "shift": 4},
+    ),
+    "tutorial-vit": (
+        TutorialViT,
+        functools.partial(adamw, lr=3e-4, weight_decay=0.01),
+        {"lr": 3e-4, "batch_size": 128, "clip": 1.0},
+        two_steps,
+        {"flip": True, "shift": 2},
+    ),
+    "notebook-cnn": (
+        NotebookCNN,
+        lambda model: torch.optim.Adam(model.parameters(), 1e-3),
+        {"lr": 1e-3, "batch_size": 64},
+        constant,
+        {},
+    ),
+}
+
+
+def train_alternative(name: str, data, epochs: int, seed: int, limit: int | None) -> dict:
+    """Train one of them; return its parameters and history."""
+    common = {"epochs": epochs, "seed": seed, "limit_batches": limit, "classes": len(data.classes)}
+    torch.manual_seed(seed)
+    if name in SCRIPTS:
+        settings = vars(recipe_settings(name, **common))
+        train_batches, val_batches = make_batches(data, recipe_settings(name, **common), DEVICE)
+        images = next(iter(train_batches))[0]
+        model, optimizer = new_training(name, recipe_settings(name, **common), images)
+        lr_at = training.lr_at
+    else:
+        network, make_optimizer, settings, lr_at, augmentation = PEERS[name]
+        model = network(len(data.classes)).to(DEVICE, memory_format=torch.channels_last)
+        optimizer, settings = make_optimizer(model), settings | common
+        place = {"mean": data.mean, "std": data.std, "device": DEVICE}
+        size = settings["batch_size"]
+        train_batches = Batches(data.train, size, train=True, **augmentation, **place)
+        val_batches = Batches(data.val, 500, **place)
+    history = train_for(model, optimizer, train_batches, val_batches, lr_at=lr_at, **settings)
+    return {"parameters": count_parameters(model), "history": history}
+
+
+def draw(results: list[dict], minutes: float) -> plt.Figure:
+    """Validation accuracy by training time."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for result in results:
+        rows = result["history"]
+        x, y = ([row[key] for row in rows] for key in ("seconds", "val_accuracy"))
+        label = f"{result['name']}: {y[-1]:.1%}, {len(rows)} epochs"
+        axes.plot([s / 60 for s in x], y, marker=".", label=label)
+    axes.set(xlabel="training time (minutes)", ylabel="validation accuracy", xlim=(0, None))
+    axes.set_title(f"The same {minutes:g} minutes for each")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right")
+    return figure
+
+
+@command
+@with_plain_text
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add_folder_flag(parser)
+    names = [*SCRIPTS, *PEERS]
+    add("--networks", nargs="+", choices=names, default=names, metavar="NAME", help="which ones")
+    add("--minutes", type=positive, default=30, metavar="X", help="training time of each")
+    add("--steps", type=integer(1), default=30, metavar="N", help="steps that measure the speed")
+    add("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N", help="random seed")
+    add("--limit-batches", type=integer(1), metavar="N", help="at most N per epoch, to try it")
+    add("--figure", type=path_type, default=Path("runs/alternatives.png"), metavar="FILE",
+        help="PNG file of the curves")  # fmt: skip
+    add_results_flag(parser, "alternatives.jsonl")
+    args = parser.parse_args(argv)
+    data, results = load_data("folder", args.data_dir), []
+    for name in args.networks:
+        speed = train_alternative(name, data, 1, args.seed, args.steps)["history"][0]
+        images = len(data.train)
+        epochs = max(1, int(60 * args.minutes * speed["images_per_second"] / images))
+        print(f"== {name}: {epochs} epochs", flush=True)
+        result = train_alternative(name, data, epochs, args.seed, args.limit_batches)
+        results.append({"name": name, "minutes": args.minutes, "seed": args.seed} | result)
+        append(args.results, results[-1])
+    args.figure.parent.mkdir(parents=True, exist_ok=True)
+    draw(results, args.minutes).savefig(args.figure, dpi=120)
+
+
+if __name__ == "__main__":
+    run(main)
