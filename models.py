@@ -200,6 +200,8 @@ class ViT(nn.Module):
         mlp_ratio: width of the hidden layer of each MLP, as a multiple of `dim`.
         drop_path: probability that the last block's attention or MLP is skipped for an image in
             training; it grows linearly from 0 in the first block.
+        patch_dropout: fraction of the patches that each image loses at random in training, so that
+            fewer tokens are computed (Liu et al. 2023, arXiv 2208.07220).
 
     Raises:
         ValueError: arguments that do not describe a network.
@@ -216,6 +218,7 @@ class ViT(nn.Module):
         heads: int = 6,
         mlp_ratio: float = 2.0,
         drop_path: float = 0.0,
+        patch_dropout: float = 0.0,
     ):
         super().__init__()
         if not 0 < patch_size <= image_size or image_size % patch_size:
@@ -227,6 +230,7 @@ class ViT(nn.Module):
         if min(classes, depth, dim * mlp_ratio) < 1:
             raise ValueError("classes, depth, dim × mlp_ratio must be at least 1")
         self.grid = image_size // patch_size  # P = grid × grid
+        self.patches_in_training = max(1, round((1 - patch_dropout) * self.grid**2))
         self.patchify = nn.Conv2d(3, dim, patch_size, stride=patch_size)  # a linear map per patch
         # Weight decay spares both by these names: see optimizers.py.
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -257,6 +261,9 @@ class ViT(nn.Module):
         x = self.patchify(x).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, P, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = x + self.positions
+        if self.training and keep is None and self.patches_in_training < self.grid**2:
+            keep = torch.rand(len(x), self.grid**2, device=x.device).argsort(dim=1)
+            keep = keep[:, : self.patches_in_training]
         if keep is not None:
             tokens = F.pad(keep + 1, (1, 0))  # (B, 1 + n); the class token is token 0
             x = x.gather(1, tokens[:, :, None].expand(-1, -1, x.shape[2]))

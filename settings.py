@@ -32,7 +32,7 @@ from optimizers import fast_bfloat16
 CHANGEABLE = {"device", "threads", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
 CHANGEABLE |= {"pictures", "run_id"}
 
-FREE = {"drop_path"}  # of the network, but without weights: may differ with --init
+FREE = {"drop_path", "patch_dropout"}  # of the network, but without weights: may differ with --init
 
 AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

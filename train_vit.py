@@ -40,6 +40,7 @@ RECIPE = {  # --recipe fast
     "heads": 6,
     "mlp_ratio": 2.0,
     "drop_path": 0.0,
+    "patch_dropout": 0.0,
 }
 CHANGES = {
     "best": {"epochs": 100, "auto_augment": True, "mix": 0.5, "drop_path": 0.1},
@@ -72,6 +73,7 @@ def main(argv=None):
     add("--heads", type=integer(1), metavar="N", help="attention heads; must divide --dim")
     add("--mlp-ratio", type=positive, metavar="X", help="width of the MLPs, in widths of a token")
     add("--drop-path", type=real(0, 0.9), metavar="X", help="stochastic depth of the last block")
+    add("--patch-dropout", type=real(0, 0.9), metavar="X", help="fraction of patches left out")
     add(
         "--teacher",
         type=path_type,

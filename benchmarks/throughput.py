@@ -9,13 +9,18 @@ Times these in one process, in turn, for several rounds of the same number of st
 - `loop`: `training.train` on that batch (with clipping, averaged weights, sums, logs);
 - `batches`: `training.train` on shuffled and augmented batches, as the recipe trains;
 - `auto-augment`: the same with automatic augmentation and mixing;
+- `... bf16`, `... off` (--amp bf16 off): the same in bfloat16, in float32;
 - `... compiled` (--compile): the same after torch.compile.
 
-Prints medians, and each one's median ratio of times to `bare` and to `loop`. --peak adds the
-fraction of the arithmetic that a product of two 8192 × 8192 matrices reaches on the device.
+Prints medians, and each one's median ratio of times to `bare` and to `loop`. --parts adds the share
+of a step that each of its parts takes, --peak the fraction of the arithmetic that a product of two
+8192 × 8192 matrices reaches on the device.
 Appends the result to benchmarks/results/throughput.jsonl.
 """
 
+import argparse
+import collections
+import copy
 import functools
 import itertools
 import statistics
@@ -41,6 +46,7 @@ from cli import Parser, command, integer, run
 from data import Data, Split
 from prepare import make_batches
 from settings import AMP_TYPES, choose_amp
+from training import update_average
 
 PEAK_SIZE = 8192  # of the matrices whose product is taken for the peak
 
@@ -52,9 +58,9 @@ def synchronised() -> float:
     return time.perf_counter()
 
 
-def bare_seconds(model, optimizer, batch, steps: int) -> float:
+def bare_seconds(model, optimizer, batch, steps: int, amp: str) -> float:
     """Time of forward, backward and step."""
-    amp, (x, y) = choose_amp("auto", DEVICE), batch
+    amp, (x, y) = choose_amp(amp, DEVICE), batch
     model.train()
     started = synchronised()
     for _ in range(steps):
@@ -69,6 +75,37 @@ def bare_seconds(model, optimizer, batch, steps: int) -> float:
 def loop_seconds(model, optimizer, batches, settings) -> float:
     """Time of one epoch of `training.train`."""
     return train_for(model, optimizer, batches, None, **vars(settings))[0]["seconds"]
+
+
+def part_shares(model, optimizer, batches, settings) -> dict[str, float]:
+    """The median fraction of a step's time that each of its parts takes."""
+    amp, ema = choose_amp(settings.amp, DEVICE), copy.deepcopy(model)
+    seconds, started = collections.defaultdict(list), synchronised()
+
+    def done(part: str) -> None:
+        nonlocal started
+        seconds[part].append(synchronised() - started)
+        started = synchronised()
+
+    model.train()
+    for step, (images, labels) in enumerate(batches):
+        done("batch")
+        with torch.autocast(DEVICE.type, AMP_TYPES[amp], enabled=amp != "off"):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+        done("forward")
+        loss.backward()
+        done("backward")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
+        done("gradient norm")
+        for part in optimizer.parts:
+            part.step()
+            done(type(part).__name__)
+        optimizer.zero_grad()
+        update_average(ema, model, step, settings.ema_decay)
+        done("average")
+    medians = {part: statistics.median(values) for part, values in seconds.items()}
+    return {part: round(value / sum(medians.values()), 4) for part, value in medians.items()}
 
 
 def matrix_flops_per_second() -> float:
@@ -99,9 +136,9 @@ def noise(count: int) -> Data:
     return Data("noise", train, empty, empty, list("0123456789"), (0.5,) * 3, (0.25,) * 3)
 
 
-def measure(name: str, steps: int, rounds: int, compiled: bool, peak: bool) -> dict:
+def measure(name: str, args) -> dict:
     """Time all ways of training; return what is printed and saved."""
-    settings = recipe_settings(name, epochs=1)
+    settings, steps = recipe_settings(name, epochs=1), args.steps
     augmented = recipe_settings(name, auto_augment=True, mix=0.5)
     data = noise(settings.batch_size * steps)
     batches, _ = make_batches(data, settings, DEVICE)
@@ -113,19 +150,23 @@ def measure(name: str, steps: int, rounds: int, compiled: bool, peak: bool) -> d
         "auto-augment": make_batches(data, augmented, DEVICE)[0],
     }
     timed = {}
-    for way, suffix in itertools.product(sources, ("", " compiled")[: 1 + compiled]):
+    compiled = ("", " compiled")[: 1 + args.compile]
+    for way, amp, suffix in itertools.product(sources, args.amp, compiled):
         model, optimizer = new_training(name, settings, one[0])
         if suffix:
             model.compile()
-        timed[way + suffix] = (
-            functools.partial(bare_seconds, model, optimizer, one, steps)
+        own = argparse.Namespace(**vars(settings) | {"amp": amp})
+        timed[way + (f" {amp}" if len(args.amp) > 1 else "") + suffix] = (
+            functools.partial(bare_seconds, model, optimizer, one, steps, amp)
             if way == "bare"
-            else functools.partial(loop_seconds, model, optimizer, sources[way], settings)
+            else functools.partial(loop_seconds, model, optimizer, sources[way], own)
         )
-    seconds = in_turn(timed, rounds)
+    seconds = in_turn(timed, args.rounds)
     result = {"benchmark": "throughput", "model": name, "batch_size": settings.batch_size}
     result |= {"steps": steps, "ways": summarise(seconds, len(data.train))}
-    if peak:
+    if args.parts:
+        result["parts"] = part_shares(*new_training(name, settings, one[0]), batches, settings)
+    if args.peak:
         top, flops = matrix_flops_per_second(), step_flops(name, settings, one) * steps
         for way, row in result["ways"].items():
             row["share_of_peak"] = round(flops / statistics.median(seconds[way]) / top, 4)
@@ -139,9 +180,9 @@ def summarise(seconds: dict[str, list[float]], images: int) -> dict[str, dict]:
     for way, values in seconds.items():
         row = ways[way] = {"images_per_second": round(images / statistics.median(values), 1)}
         if way.startswith(("batches", "auto-augment")):  # what drawing and augmenting cost
-            loop = seconds["loop compiled" if way.endswith(" compiled") else "loop"]
+            loop = seconds[" ".join(["loop", *way.split(" ")[1:]])]
             row["times_loop"] = round(statistics.median(ratios(values, loop)), 3)
-        bare = ratios(values, seconds["bare"])
+        bare = ratios(values, next(iter(seconds.values())))  # the first way
         row["times_bare"] = round(statistics.median(bare), 3)
         row["ratios"] = [round(ratio, 3) for ratio in bare]
     return ways
@@ -157,6 +198,9 @@ def show(result: dict) -> None:
             f"{way:22}{row['images_per_second']:10.0f}{row['times_bare']:9.3f}{loop:>9}{share:>9}"
         )
 
+    for part, share in result.get("parts", {}).items():
+        print(f"{part:22}{share:10.1%}")
+
 
 @command
 def main(argv=None):
@@ -164,11 +208,14 @@ def main(argv=None):
     parser.add_argument("model", choices=SCRIPTS, help="which recipe")
     parser.add_argument("--steps", type=integer(1), default=20, metavar="N", help="steps per round")
     parser.add_argument("--rounds", type=integer(1), default=5, metavar="N", help="repetitions")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16"), nargs="+", default=["auto"],
+                        help="types to compare; ratios are to the first")  # fmt: skip
+    parser.add_argument("--parts", action="store_true", help="add the share of each part")
     parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
     parser.add_argument("--peak", action="store_true", help="add fractions of the matrix peak")
     add_results_flag(parser, "throughput.jsonl")
     args = parser.parse_args(argv)
-    result = measure(args.model, args.steps, args.rounds, args.compile, args.peak)
+    result = measure(args.model, args)
     show(result)
     append(args.results, result)
 

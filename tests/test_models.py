@@ -160,6 +160,21 @@ def test_vit_equals_torchvisions_with_copied_weights(images):
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-4, rtol=1e-4)
 
 
+def test_patch_dropout_leaves_out_other_patches_of_each_image_in_training_only(images):
+    torch.manual_seed(0)
+    vit = ViT(dim=16, depth=2, heads=2, patch_dropout=0.25)
+    features, found = vit.train().forward_features(images, return_intermediates=True)
+    assert features.shape == (4, 1 + 48, 16) and found["attention"][0].shape == (4, 2, 49, 49)
+    torch.manual_seed(5)
+    kept = torch.rand(4, 64).argsort(dim=1)[:, :48]
+    torch.manual_seed(5)
+    torch.testing.assert_close(
+        vit(images), vit.forward_head(vit.forward_features(images, keep=kept))
+    )
+    assert len({tuple(sorted(row)) for row in kept.tolist()}) == 4
+    assert vit.eval().forward_features(images).shape == (4, 65, 16)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
