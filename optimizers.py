@@ -121,7 +121,8 @@ def fast_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    # Older versions of PyTorch do not say what a CPU has; there it counts as slow.
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
