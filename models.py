@@ -129,11 +129,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
 
-    def forward(self, x, return_attention: bool = False):
-        """(B, N, D) -> (B, N, D); if asked, also the attention (B, heads, N, N), rows sum to 1."""
+    def forward(self, x, return_attention: bool = False, queries: int | None = None):
+        """(B, N, D) -> (B, N, D); if asked, also the attention (B, heads, N, N), rows sum to 1.
+
+        `queries`: compute the first so many tokens alone; all others only supply keys and values.
+        """
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, hd)
+        q = q[:, :, :queries]
         # In bfloat16 on a CPU the fused kernel's backward is slow: 43% of a training step, N = 65.
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and N <= 128
         if return_attention or slow:
@@ -142,7 +146,7 @@ class Attention(nn.Module):
             out = attention @ v
         else:  # the same without keeping the (N, N) matrix: faster, less memory
             out = F.scaled_dot_product_attention(q, k, v)
-        out = self.project(out.transpose(1, 2).reshape(B, N, D))  # heads side by side again
+        out = self.project(out.transpose(1, 2).flatten(2))  # heads side by side again
         return (out, attention) if return_attention else out
 
 
@@ -162,13 +166,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x, return_intermediates: bool = False):  # (B, N, D) -> (B, N, D)
+    def forward(self, x, return_intermediates: bool = False, queries: int | None = None):
+        """(B, N, D) -> (B, N, D), or the first `queries` of the tokens."""
         tokens = self.norm1(x)
         if return_intermediates:
             out, attention = self.attention(tokens, return_attention=True)
         else:
-            out, attention = self.attention(tokens), None
-        x = x + self.drop_path(out)
+            out, attention = self.attention(tokens, queries=queries), None
+        x = x[:, :queries] + self.drop_path(out)
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return (x, attention, tokens) if return_intermediates else x
 
@@ -250,7 +255,10 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward_features(self, x, return_intermediates: bool = False, keep=None):
-        """(B, 3, H, W) -> normalised tokens (B, N, D), the class token first.
+        """(B, 3, H, W) -> the class token (B, 1, D), normalised.
+
+        With intermediates it is followed by the patches: (B, N, D). Without them the last block
+        computes the class token alone, since nothing else reaches the logits.
 
         `keep` (B, n): indices of the patches to use; the others are left out.
 
@@ -274,7 +282,7 @@ class ViT(nn.Module):
                 intermediates["attention"].append(attention)
                 intermediates["tokens"].append(tokens)
             else:
-                x = block(x)
+                x = block(x, queries=1 if block is self.blocks[-1] else None)
         x = self.norm(x)
         return (x, intermediates) if return_intermediates else x
 

@@ -81,6 +81,7 @@ def test_vits_intermediates(images):
     model = recipe_model("vit").eval()
     x, found = model.forward_features(images, return_intermediates=True)
     assert x.shape == (4, 65, 192) and found["tokens"][-1].shape == x.shape
+    torch.testing.assert_close(model.forward_features(images), x[:, :1], atol=1e-5, rtol=1e-5)
     assert len(found["attention"]) == len(found["tokens"]) == len(model.blocks)
     for attention in found["attention"]:
         assert attention.shape == (4, VIT_RECIPE["heads"], 65, 65)
@@ -172,7 +173,7 @@ def test_patch_dropout_leaves_out_other_patches_of_each_image_in_training_only(i
         vit(images), vit.forward_head(vit.forward_features(images, keep=kept))
     )
     assert len({tuple(sorted(row)) for row in kept.tolist()}) == 4
-    assert vit.eval().forward_features(images).shape == (4, 65, 16)
+    assert vit.eval().forward_features(images, return_intermediates=True)[0].shape == (4, 65, 16)
 
 
 @pytest.mark.parametrize(
