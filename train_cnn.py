@@ -44,7 +44,7 @@ RECIPE = {  # --recipe fast
 CHANGES = {
     "best": {"epochs": 100, "auto_augment": True, "erase": 0},
     "plain": {  # SGD, flips and shifts
-        "lr": 0.15,
+        "lr": 0.1,
         "weight_decay": 5e-4,
         "label_smoothing": 0.0,
         "ema_decay": 0.0,
