@@ -47,7 +47,7 @@ CHANGES = {
     "plain": {"label_smoothing": 0.0, "clip": 0.0, "ema_decay": 0.0},  # AdamW, flips and shifts
     "digits": {
         "recipe": "plain",
-        "epochs": 20,
+        "epochs": 30,
         "batch_size": 32,
         "flip": False,
         "patch_size": 8,

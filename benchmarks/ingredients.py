@@ -84,13 +84,14 @@ def alternating_flip(model, batches):
 class NormedAttention(models.Attention):
     """Queries and keys normalised per head (QK-norm, Dehghani et al. 2023, arXiv 2302.05442)."""
 
-    def forward(self, x, return_attention: bool = False):
+    def forward(self, x, return_attention: bool = False, queries: int | None = None):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = (self.scale[i] * F.layer_norm(t, t.shape[-1:]) for i, t in enumerate((q, k)))
+        q = q[:, :, :queries]
         attention = (q @ k.mT / (D // self.heads) ** 0.5).softmax(-1) if return_attention else None
         out = attention @ v if return_attention else F.scaled_dot_product_attention(q, k, v)
-        out = self.project(out.transpose(1, 2).reshape(B, N, D))
+        out = self.project(out.transpose(1, 2).flatten(2))
         return (out, attention) if return_attention else out
 
 

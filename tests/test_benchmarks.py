@@ -168,10 +168,10 @@ def test_step_flops_of_a_vit():
     settings = common.recipe_settings("vit", depth=1, heads=1, dim=8)
     batch = torch.zeros(3, 3, 32, 32), torch.zeros(3, dtype=torch.long)
     per_image = 16 * 8 * 3 * 8 * 8  # patches
-    per_image += 17 * 8 * 8 * (3 + 1 + 2 + 2)  # qkv, project, MLP
+    per_image += 17 * 8 * 8 * 3 + 8 * 8 * (1 + 2 + 2)  # qkv; project, MLP of the class token
     linear = 3 * (2 * 3 * (per_image + 8 * 10))  # forward, and gradients of input and weight
     linear -= 3 * 2 * 16 * 8 * 3 * 8 * 8  # no gradient of the images
-    attention = 3 * 2 * 2 * 17 * 17 * 8  # forward: two products
+    attention = 3 * 2 * 2 * 17 * 8  # forward: two products
     flops = throughput.step_flops("vit", settings, batch)
     assert linear <= flops <= linear + 4 * attention  # PyTorch counts it on a GPU only
 
