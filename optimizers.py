@@ -73,8 +73,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
-        alike = collections.defaultdict(list)  # matrices of one shape are a batch: fewer, larger
-        for weight in group["params"]:  # products
+        alike = collections.defaultdict(list)  # matrices of one shape go through as one batch
+        for weight in group["params"]:
             if weight.grad is None:
                 continue
             gradient, state = weight.grad.flatten(1), self.state[weight]

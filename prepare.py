@@ -74,7 +74,8 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     if checkpoint is not None:
         refuse_other_images(metadata, checkpoint)
     notes = [data.note] if data.note else []
-    if checkpoint is not None and flags.amp != "off" == choose_amp("auto", device):
+    slow = flags.amp != "off" and choose_amp("auto", device) == "off"
+    if checkpoint is not None and slow:
         notes.append(f"{flags.amp} as before, but slow on this device: --amp off is faster")
     if source is not None:
         head = start_from(model, *source, config, data.classes)

@@ -147,7 +147,7 @@ def parse_flags(parser: Parser, argv, model_name: str, changes: dict):
     digits = changes["digits"] if typed.get("dataset") == "digits" else {}
     recipe = (defaults | digits | typed)["recipe"]
     values = defaults | changes.get(recipe, {}) | digits | typed
-    if recipe == "plain" and "muon_lr" in typed:
+    if recipe == "plain" and "muon_lr" in typed and not values["resume"]:
         raise UserError("--muon-lr has no effect with --recipe plain, which has no Muon: omit it")
     if values["out_dir"] is None:
         suffix = "" if recipe == (defaults | digits)["recipe"] else f"-{recipe}"

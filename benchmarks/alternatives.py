@@ -92,11 +92,10 @@ def train_alternative(name: str, data, epochs: int, seed: int, limit: int | None
     common = {"epochs": epochs, "seed": seed, "limit_batches": limit, "classes": len(data.classes)}
     torch.manual_seed(seed)
     if name in SCRIPTS:
-        settings = vars(recipe_settings(name, **common))
-        train_batches, val_batches = make_batches(data, recipe_settings(name, **common), DEVICE)
-        images = next(iter(train_batches))[0]
-        model, optimizer = new_training(name, recipe_settings(name, **common), images)
-        lr_at = training.lr_at
+        own = recipe_settings(name, **common)
+        train_batches, val_batches = make_batches(data, own, DEVICE)
+        model, optimizer = new_training(name, own, next(iter(train_batches))[0])
+        settings, lr_at = vars(own), training.lr_at
     else:
         network, make_optimizer, settings, lr_at, augmentation = PEERS[name]
         model = network(len(data.classes)).to(DEVICE, memory_format=torch.channels_last)
