@@ -1,4 +1,4 @@
-"""Batches on the device: normalisation, augmentation, distillation, predictions.
+"""Batches on the device: normalisation, augmentation, distillation, predictions, corruption.
 
     B batch   H, W image height and width   C classes   N images
 
@@ -6,9 +6,12 @@ Each image is flipped, shifted and erased by its own random amount. Automatic au
 mixing are torchvision's, with one draw for a group of images or for a batch.
 """
 
+import io
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -28,9 +31,9 @@ class Batches:
     Images are normalised, float32 (B, 3, H, W). Labels are int64 (B,). Both are on `device`.
 
     With `train=False` all images come in their order, unchanged. With `train=True` the order is
-    shuffled, an incomplete last batch is dropped, and images are augmented: flip and shift, then
-    automatic augmentation, then an erased square. A fraction `mix` of the batches is mixed, and
-    their labels are float32 (B, C), the weight of each class.
+    shuffled, or with `balance` drawn with replacement; an incomplete last batch is dropped. Images
+    are augmented: flip and shift, then automatic augmentation, then an erased square. A fraction
+    `mix` of the batches is mixed, and their labels are float32 (B, C), the weight of each class.
 
     The loop seeds PyTorch's generator with (seed, epoch). One number drawn from it at the start of
     an epoch decides the rest, so a batch depends on (seed, epoch, step) alone.
@@ -47,6 +50,7 @@ class Batches:
         erase: side of the erased square, in pixels; 0: none.
         auto_augment: apply `trivial_augment`.
         mix: fraction of the batches that `cutmix_or_mixup` mixes.
+        balance: draw images so that all classes are equally likely, however few images they have.
         classes: number of classes C; needed for `mix` alone.
     """
 
@@ -64,13 +68,14 @@ class Batches:
         erase: int = 0,
         auto_augment: bool = False,
         mix: float = 0.0,
+        balance: bool = False,
         classes: int | None = None,
     ):
         self.device = torch.device(device)
         self.split, self.batch_size, self.train = split.to(self.device), batch_size, train
         self.flip, self.shift, self.erase = flip, shift, erase
         self.auto_augment, self.mix = auto_augment, mix
-        self.classes = classes
+        self.balance, self.classes = balance, classes
         self.mean, self.std = (
             255 * torch.tensor(x, device=self.device).view(3, 1, 1) for x in (mean, std)
         )
@@ -86,7 +91,13 @@ class Batches:
                 yield self.normalise(images), labels
             return
         seed = torch.randint(2**62, ()).item()
-        order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        if self.balance:
+            labels = self.split.labels[self.split.indices].cpu()
+            weights = 1 / torch.bincount(labels)[labels]  # so each class has a sum of 1
+            order = torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+        else:
+            order = torch.randperm(len(self.split), generator=generator)
         for step in range(len(self)):
             # Other seeds than that of the order: one for our draws, one for torchvision's below.
             generator = torch.Generator(self.device).manual_seed(seed + 1 + step)
@@ -241,3 +252,69 @@ def cutmix_or_mixup(images: torch.Tensor, labels: torch.Tensor, classes: int):
     """
     mixer = v2.CutMix if torch.rand(()) < 0.5 else v2.MixUp
     return mixer(num_classes=classes)(images, labels)
+
+
+# ---------------------------------------------------------------- corruption
+
+
+def pixelate(x: torch.Tensor, size: float) -> torch.Tensor:
+    """Replace each pixel by the mean of its cell; `size`: cells per pixel, along a side."""
+    S = x.shape[-1]
+    cell = ((torch.arange(S, device=x.device) + 0.5) * int(S * size) / S).long()
+    same = (cell[:, None] == cell).float()
+    mean = same / same.sum(1, keepdim=True)  # (S, S): of the pixels in the same row of cells
+    return mean @ x @ mean.T
+
+
+def brighten(x: torch.Tensor, amount: float) -> torch.Tensor:
+    """Add to the value of hue, saturation and value, which is the largest channel."""
+    value = x.amax(1, keepdim=True)
+    brighter = (value + amount).clamp(max=1)
+    return torch.where(value > 0, x * brighter / value.clamp(min=1e-8), brighter)
+
+
+def as_jpeg(x: torch.Tensor, quality: int) -> torch.Tensor:
+    """Written and read as JPEG by Pillow, on the CPU."""
+    pictures = []
+    for image in (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        pictures.append(torch.from_numpy(np.array(Image.open(file))))
+    return torch.stack(pictures).permute(0, 3, 1, 2) / 255
+
+
+# Each has a function of images in [0, 1] and a number, and the numbers of severities 1 to 5.
+CORRUPTIONS = {
+    "noise": (lambda x, sigma: x + sigma * torch.randn(x.shape).to(x.device),
+              (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "blur": (lambda x, sigma: v2.functional.gaussian_blur(x, [9, 9], [sigma, sigma]),
+             (0.4, 0.6, 0.7, 0.8, 1.0)),
+    "contrast": (lambda x, c: c * x + (1 - c) * x.mean((2, 3), keepdim=True),
+                 (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "brightness": (brighten, (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "pixelation": (pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
+    "JPEG": (as_jpeg, (80, 65, 58, 50, 40)),
+}  # fmt: skip
+
+
+def corrupt(images: torch.Tensor, kind: str, severity: int, seed: int = 0) -> torch.Tensor:
+    """Images uint8 (B, 3, S, S) with one of the CORRUPTIONS, of severity 1 to 5.
+
+    The formulas and numbers of CIFAR-10-C (Hendrycks and Dietterich 2019, arXiv 1903.12261), so for
+    images of about 32 pixels. Ours rounds where that truncates, and blurs by reflecting the image
+    at its border, which that repeats.
+    """
+    change, numbers = CORRUPTIONS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        changed = change(images.float() / 255, numbers[severity - 1])
+    return (255 * changed.clamp(0, 1)).round().byte().to(images.device)
+
+
+def shifted(images: torch.Tensor, pixels: int) -> list[torch.Tensor]:
+    """Images uint8 (B, 3, S, S) moved left, right, up and down, reflected at the border."""
+    if not pixels:
+        return [images]
+    S, wide = images.shape[-1], F.pad(images.float(), (pixels,) * 4, mode="reflect").byte()
+    corners = ((pixels, 2 * pixels), (pixels, 0), (2 * pixels, pixels), (0, pixels))
+    return [wide[:, :, y : y + S, x : x + S] for y, x in corners]

@@ -248,8 +248,7 @@ def check_finite(network: nn.Module, row: dict, settings) -> None:
     kept = f"; {settings.out_dir} keeps epoch {epoch - 1}, the last good one" if epoch > 1 else ""
     raise UserError(
         f"the loss or the weights are no longer finite in epoch {epoch} (by step {row['step']}) "
-        f"with --lr {settings.lr:g}: start again with lower learning rates or a lower --weight-decay"
-        + kept
+        f"with --lr {settings.lr:g}: start again with a lower rate or --weight-decay" + kept
     )
 
 

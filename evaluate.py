@@ -1,38 +1,53 @@
-"""Evaluate and compare checkpoints: accuracy, report, confusion matrix.
+"""Evaluate and compare checkpoints: accuracy, calibration, tests, mistakes, and a report.
 
     python evaluate.py runs/cifar10-cnn/best.pt
-    python evaluate.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt
+    python evaluate.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt --robustness
 
 Prints a table; writes into --out-dir, and to TensorBoard from there:
 
-    metrics.json               accuracy and F1, overall and per class, of each checkpoint
+    report.html                all of it in one file, which opens anywhere
+    metrics.json               the numbers of each checkpoint
+    comparison.json            the numbers of each two; command, data, versions
+    predictions.csv            an image in each row
     classification_report.txt  scikit-learn's, a section per checkpoint
-    confusion_matrix.png       counts and fractions of each true class, a panel per checkpoint
-    learning_curves.png        by epoch and by training time
-    comparison.json            with several checkpoints: accuracy, parameters, epochs, time
-    class_examples.png, class_counts.png   what is in the data set
+    *.png                      the figures of the report
 """
 
+import csv
+import hashlib
+import io
+import itertools
 import json
+import os
+import platform
+import shlex
+import statistics
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import sklearn
 import torch
-from scipy.stats import bootstrap
-from sklearn.metrics import (
-    accuracy_score,
-    classification_report,
-    confusion_matrix,
-    precision_recall_fscore_support,
-)
+from PIL import Image
+from sklearn.metrics import classification_report
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
+import charts
+import metrics as m
+import report
+from attribution import METHODS, methods_for
+from batches import CORRUPTIONS, corrupt, shifted
+from checkpoint import formula_image
 from cli import (
     Parser,
+    UserError,
     add_data_flags,
     add_device_flags,
     command,
+    file_name,
+    integer,
     make_out_dir,
     name_type,
     path_type,
@@ -42,83 +57,148 @@ from cli import (
     use_device,
     writing,
 )
-from figures import (
-    MOST_CURVES,
-    MOST_MATRICES,
-    plot_confusion,
-    plot_counts,
-    plot_curves,
-    plot_examples,
-    with_plain_text,
-)
+from data import Data, Split
+from examples import compute_columns, examples_of, plan_columns
+from figures import plot_explanations, with_plain_text
 from logs import markdown
-from models import count_parameters
-from prepare import TrainedModel, load_data_for, load_models
+from metrics import METRICS
+from models import count_multiply_adds, count_parameters
+from prepare import TrainedModel, load_data_for, load_models, other_files
+from settings import CHANGEABLE
+
+MOST_PAIRS = 3  # of checkpoints, that are drawn
 
 
-def measure(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
-    """Metrics from logits (N, C) and labels (N,), all but the loss as scikit-learn computes them.
+# ---------------------------------------------------------------- numbers
 
-    `accuracy` is a fraction, `loss` the mean cross-entropy in nats. `confusion_matrix[i][j]` counts
-    the images of class i that were predicted as class j. Averages are over the classes that have
-    images; what is undefined for a class, as the recall without images, is None.
+
+def evaluate(model: TrainedModel, split: Split, val: Split | None, classes: list[str]):
+    """Metrics of one model on a split, and its logits, NumPy (N, C).
+
+    `val`: validation images to fit the temperature on, or None.
+
+    Raises:
+        UserError: a logit is not finite.
     """
-    predictions, ids = logits.argmax(1), range(len(classes))
-
-    def f1_of(average, ids):  # precision, recall, F1, support
-        return precision_recall_fscore_support(
-            labels, predictions, labels=ids, average=average, zero_division=np.nan
-        )
-
-    present, keys = labels.unique().tolist(), ("precision", "recall", "f1", "support")
-    per_class = {}
-    for name, *row in zip(classes, *(column.tolist() for column in f1_of(None, ids)), strict=True):
-        scores = {key: None if np.isnan(x) else x for key, x in zip(keys, row, strict=True)}
-        per_class[name] = scores if scores["support"] else scores | {"f1": None}
-    return {
-        "accuracy": accuracy_score(labels, predictions),
-        "macro_f1": f1_of("macro", present)[2],
-        "weighted_f1": f1_of("weighted", present)[2],
-        "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
-        "images": len(labels),
-        "per_class": per_class,
-        "confusion_matrix": confusion_matrix(labels, predictions, labels=ids).tolist(),
-    }
-
-
-def evaluate(model: TrainedModel, split, classes: list[str]) -> tuple[dict, str]:
-    """Metrics of one model on a split, and scikit-learn's report as text."""
     started = time.perf_counter()
-    logits = model.logits(split, classes)
+    logits = model.logits(split, classes).numpy()
     seconds = time.perf_counter() - started
-    labels, history = split.labels[split.indices].cpu(), model.checkpoint["history"]
-    metrics = measure(logits, labels, classes) | {
+    labels, history = split.labels[split.indices].cpu().numpy(), model.checkpoint["history"]
+    try:
+        metrics = m.measure(logits, labels, classes)
+    except UserError as error:
+        raise UserError(f"{model.path}: {error}") from None
+    temperature = None
+    if val is not None:
+        val_logits = model.logits(val, classes).numpy()
+        T = m.fit_temperature(val_logits, val.labels[val.indices].numpy())
+        p = m.probabilities(logits / T)
+        scores = {name: float(METRICS[name].compute(p, labels)) for name in ("log_loss", "ece")}
+        temperature = {"temperature": T, **scores}
+    content = Path(model.path).read_bytes()
+    image = formula_image(model.checkpoint["dataset"]["image_size"])
+    device = next(model.network.parameters()).device
+    return metrics | {
+        "temperature": temperature,
         "model": model.checkpoint["model_name"],
+        "seed": model.checkpoint["settings"].get("seed"),
         "parameters": count_parameters(model.network),
+        "multiply_adds": count_multiply_adds(model.network, image.to(device)),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "epochs": len(history),
         "epoch": model.checkpoint["epoch"],
         "step": model.checkpoint["step"],
-        "timing": {"training_seconds": history[-1]["seconds"], "evaluation_seconds": seconds},
+        "timing": {
+            "training_seconds": history[-1]["seconds"],
+            "evaluation_seconds": seconds,
+            "images_per_second": len(labels) / seconds,
+        },
+    }, logits
+
+
+def measure_robustness(model: TrainedModel, split: Split, classes: list[str]) -> dict:
+    """Accuracy on corrupted and shifted images, and of the mean of an image and its mirror."""
+    images, labels = split.rows(slice(None))
+    images = images.to(next(model.network.parameters()).device)
+
+    def predict(changed):
+        return model.logits(Split.of(changed, labels), classes)
+
+    def accuracy(changed):
+        return (predict(changed).argmax(1) == labels).double().mean().item()
+
+    total = 5 * len(CORRUPTIONS) + 5 + 1
+    with tqdm(total=total, desc=f"robustness, {model.name}", leave=False, disable=None) as bar:
+
+        def counted(value):
+            bar.update()
+            return value
+
+        both = (predict(x).softmax(1) for x in (images, images.flip(3)))
+        mirrored = (sum(both).argmax(1) == labels).double().mean().item()
+        found = {
+            kind: [counted(accuracy(corrupt(images, kind, severity))) for severity in range(1, 6)]
+            for kind in CORRUPTIONS
+        }
+        shifts = [
+            counted(statistics.fmean(map(accuracy, shifted(images, pixels)))) for pixels in range(5)
+        ]
+    return {
+        "images": len(labels),
+        "clean": shifts[0],
+        "flip_averaged": mirrored,
+        "corruptions": found,
+        "corruption_mean": statistics.fmean(itertools.chain(*found.values())),
+        "shifts": shifts,
     }
-    present = labels.unique().tolist()
-    report = classification_report(
-        labels, logits.argmax(1), labels=present, target_names=[classes[i] for i in present],
-        digits=4, zero_division=np.nan,
-    )  # fmt: skip
-    missing = [name for i, name in enumerate(classes) if i not in present]
-    return metrics, report + (f"\nno images of {quoted(missing)}\n" if missing else "")
 
 
-def interval(values: torch.Tensor) -> tuple[float, float, float]:
-    """Mean of (n,), and the ends of its 95% bootstrap interval over images."""
-    x = values.double().numpy()
-    if x.min() == x.max():
-        return (x[0].item(),) * 3
-    found = bootstrap((x,), np.mean, method="percentile", n_resamples=2000, random_state=0)
-    return (x.mean().item(), *map(float, found.confidence_interval))
+def recipe(model: TrainedModel) -> str:
+    """What two trainings share that differ in the seed alone; of unknown settings, the file."""
+    settings = model.checkpoint["settings"]
+    same = {k: v for k, v in settings.items() if k not in {*CHANGEABLE, "seed", "run_id"}}
+    return json.dumps([model.checkpoint["model_name"], same or model.path], sort_keys=True)
 
 
-# ---------------------------------------------------------------- command line
+def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
+    """Where the numbers come from. trained_on: the data set of the checkpoints."""
+    versions = {"torch": torch.__version__, "scikit-learn": sklearn.__version__,
+                "python": platform.python_version()}  # fmt: skip
+    hardware = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+    hardware += torch.backends.cpu.get_cpu_capability()
+    if use_device(args).type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    return {
+        "command": "python evaluate.py "
+        + printable(shlex.join(sys.argv[1:] if argv is None else argv)),
+        "data": data.name,
+        "data_dir": printable(args.data_dir or trained_on["data_dir"]),
+        "split": args.split,
+        "images": len(split),
+        "classes": data.classes,
+        "note": data.note,
+        "versions": versions,
+        "hardware": hardware,
+    }
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def draw_explained(models: list[TrainedModel], split: Split, rows: np.ndarray, classes: list[str]):
+    """The images, and each network's map of the class that it predicts, by its first method."""
+    examples, columns = examples_of(split, torch.from_numpy(rows), classes), []
+    for model in models[:MOST_PAIRS]:
+        methods, _ = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
+        method = next((name for name in methods if METHODS[name].takes_target), methods[0])
+        own = plan_columns(model, [method], [("predicted", None)], None)
+        compute_columns(model, own, examples)
+        columns += own
+    return plot_explanations(examples.pictures, None, examples.names, columns)[0]
+
+
+# ---------------------------------------------------------------- text and files
 
 
 def table(rows: list[list[str]]) -> str:
@@ -133,79 +213,139 @@ def table(rows: list[list[str]]) -> str:
 
 def print_table(metrics: dict[str, dict]) -> None:
     """A row per model."""
-    rows = [["", "accuracy", "macro F1", "weighted F1", "parameters", "epochs", "training"]]
-    for name, m in metrics.items():
-        minutes = m["timing"]["training_seconds"] / 60
-        rows.append([
-            name, f"{m['accuracy']:.2%}", f"{m['macro_f1']:.4f}", f"{m['weighted_f1']:.4f}",
-            f"{m['parameters']:,}", f"{m['epochs']}", f"{minutes:.1f} min",
-        ])  # fmt: skip
+    rows = [
+        ["", *(metric.title for metric in METRICS.values()), "parameters", "epochs", "training"]
+    ]
+    for name, row in metrics.items():
+        scores = [metric.form.format(row[key]) for key, metric in METRICS.items()]
+        minutes = row["timing"]["training_seconds"] / 60
+        size = f"{row['parameters']:,}"
+        rows.append([name, *scores, size, f"{row['epochs']}", f"{minutes:.1f} min"])
     print(table(rows))
 
 
-def write_files(out_dir: Path, paths: list[str], metrics: list[dict], reports: str) -> list[str]:
-    """Write the text files; return their names. An old comparison is removed."""
-    files = {
-        "metrics.json": json.dumps(dict(zip(paths, metrics, strict=True)), indent=2),
-        "classification_report.txt": reports,
-    }
-    if len(metrics) > 1:
-        keys = ("model", "accuracy", "macro_f1", "weighted_f1", "parameters", "epochs", "timing")
-        comparison = [
-            {"checkpoint": path, **{key: m[key] for key in keys}}
-            for path, m in zip(paths, metrics, strict=True)
-        ]
-        files["comparison.json"] = json.dumps(comparison, indent=2)
-    with writing(out_dir / "comparison.json"):
-        (out_dir / "comparison.json").unlink(missing_ok=True)
-    for name, text in files.items():
+def text_report(p: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
+    """scikit-learn's report."""
+    present = np.unique(labels).tolist()
+    text = classification_report(
+        labels, p.argmax(1), labels=present, target_names=[classes[i] for i in present],
+        digits=4, zero_division=np.nan,
+    )  # fmt: skip
+    missing = [name for i, name in enumerate(classes) if i not in present]
+    return text + (f"\nno images of {quoted(missing)}\n" if missing else "")
+
+
+def predictions_csv(names: list[str], p: list[np.ndarray], split: Split, classes: list[str]) -> str:
+    """A row per image: file or position, true class, each network's class and probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [[f"{name}: predicted", f"{name}: probability"] for name in names]
+    writer.writerow(["image", "true", *itertools.chain(*columns)])
+    images = [split.files[i] for i in split.indices] if split.files else range(len(split))
+    answers = [(x.argmax(1).tolist(), x.max(1).tolist()) for x in p]
+    for i, (image, label) in enumerate(zip(images, split.labels[split.indices], strict=True)):
+        found = [[classes[guess[i]], f"{surety[i]:.6f}"] for guess, surety in answers]
+        writer.writerow([printable(image), classes[label], *itertools.chain(*found)])
+    return text.getvalue()
+
+
+def write_files(out_dir: Path, files: dict[str, str | bytes]) -> None:
+    """Write texts and pictures by their names."""
+    for name, content in files.items():
         with writing(out_dir / name):
-            (out_dir / name).write_text(text + "\n", encoding="utf-8")
-    return list(files)
+            data = content if isinstance(content, bytes) else content.encode()
+            (out_dir / name).write_bytes(data)
 
 
-def write_figures(out_dir: Path, figures: dict, metrics: dict[str, dict], reports: list) -> None:
-    """Write PNGs, and the same figures and numbers for TensorBoard."""
-    for name, figure in figures.items():
-        with writing(out_dir / f"{name}.png"):
-            figure.savefig(out_dir / f"{name}.png", dpi=120)
+def write_curves(out_dir: Path, pictures: dict, metrics: dict[str, dict], reports: list) -> None:
+    """The same figures and numbers for TensorBoard."""
     with writing(out_dir):
         for old in out_dir.glob("events.out.*.evaluation"):
             old.unlink()
         log = SummaryWriter(out_dir, filename_suffix=".evaluation")
-        step = max(m["step"] for m in metrics.values())
-        for name, figure in figures.items():
-            log.add_figure(f"evaluation/{name}", figure, step)
-        keys = ("split", "accuracy", "macro_f1", "weighted_f1", "parameters", "step")
-        rows = [(printable(name), *(m[key] for key in keys)) for name, m in metrics.items()]
+        step = max(row["step"] for row in metrics.values())
+        for name, picture in pictures.items():
+            pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+            log.add_image(f"evaluation/{name}", pixels, step, dataformats="HWC")
+        keys = ("split", *METRICS, "parameters", "step")
+        rows = [(printable(name), *(row[key] for key in keys)) for name, row in metrics.items()]
         log.add_text("evaluation/scores", markdown(["checkpoint", *keys], rows), step)
-        blocks = [f"```\n{report.replace('```', '')}\n```" for report in reports]
+        blocks = [f"```\n{text.replace('```', '')}\n```" for text in reports]
         log.add_text("evaluation/classification report", "\n\n".join(blocks), step)
         log.close()
+
+
+def draw(
+    models: list[TrainedModel], metrics: dict, compared: dict, p: list, data: Data, split: Split
+):
+    """All figures by name, in the order of the report."""
+    most = {"confusion_matrix.png shows": charts.MOST_MATRICES, "curves show": charts.MOST_CURVES}
+    for which, count in most.items():
+        if len(models) > count:
+            print(f"{which} the first {count} of {len(models)} checkpoints")
+    classes, labels = data.classes, split.labels[split.indices].numpy()
+    figures = {}
+    for number, pair in enumerate(compared["pairs"][:MOST_PAIRS], 1):
+        name = "difference" if len(compared["pairs"]) == 1 else f"difference-{number}"
+        figures[name] = charts.plot_difference(pair, pair["first"], pair["second"], classes)
+    figures["confusion_matrix"] = charts.plot_confusion(metrics, classes)
+    figures["confidence"] = charts.plot_confidence(metrics)
+    for kind, rows in m.choose_mistakes(p, labels).items():
+        figures[kind] = draw_explained(models, split, rows, classes)
+    if "robustness" in next(iter(metrics.values())):
+        figures["robustness"] = charts.plot_robustness(metrics)
+    epochs = {model.name: model.checkpoint["epoch"] for model in models}
+    histories = {model.name: model.checkpoint["history"] for model in models}
+    figures["learning_curves"] = charts.plot_curves(histories, epochs)
+    figures["class_examples"] = charts.plot_examples(split, classes)
+    figures["class_counts"] = charts.plot_counts(data)
+    return figures
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_arguments(argv):
+    """Read the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="+", type=name_type, metavar="CHECKPOINT",
+                        help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
+    add_data_flags(parser, from_checkpoint=True)
+    add = parser.add_argument
+    add("--split", choices=("test", "val"), default="test", help="which images")
+    add("--robustness", action="store_true", help="also on corrupted and shifted images")
+    add("--robustness-images", type=integer(1), default=1000, metavar="N", help="how many")
+    add("--out-dir", type=path_type, metavar="DIR",
+        help="for the results, in place of earlier ones (default: in runs/evaluation)")  # fmt: skip
+    add_device_flags(parser)
+    return parser.parse_args(argv)
+
+
+def default_out_dir(models: list[TrainedModel], args) -> Path:
+    """runs/evaluation/<checkpoints>, and what data were typed."""
+    typed = [args.dataset, args.data_dir and args.data_dir.name, args.split == "val" and "val"]
+    stem = "_".join(["+".join(model.name for model in models), *filter(None, typed)])
+    return Path("runs/evaluation") / file_name(stem, "")
 
 
 @command
 @with_plain_text
 def main(argv=None):
     # 1. Check.
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", type=name_type, metavar="CHECKPOINT",
-                        help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
-    add_data_flags(parser, from_checkpoint=True)
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="which images")
-    parser.add_argument("--out-dir", type=path_type, default=Path("runs/evaluation"), metavar="DIR",
-                        help="for the results; earlier ones are replaced")  # fmt: skip
-    add_device_flags(parser)
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     models = load_models(args.checkpoints, use_device(args))
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
+    for one, other in itertools.combinations(models, 2):
+        if Path(one.path).read_bytes() == Path(other.path).read_bytes():
+            raise UserError(f"{other.path} is a copy of {one.path}: name one of them")
+    args.out_dir = args.out_dir or default_out_dir(models, args)
     make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None)
 
     # 2. Gather.
     data = load_data_for(models, args.dataset, args.data_dir, args.split)
     split = getattr(data, args.split)
     if not len(split):
-        parser.error(
+        raise UserError(
             f"--split {args.split}: there are no such images (with --val-fraction 0 there is no "
             "validation); use the other split"
         )
@@ -215,29 +355,44 @@ def main(argv=None):
     )
 
     # 3. Compute.
-    metrics, reports = {}, []
+    labels, metrics, p, reports = split.labels[split.indices].numpy(), {}, [], []
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     for model in models:
-        metrics[model.name], report = evaluate(model, split, data.classes)
-        metrics[model.name]["split"] = args.split
-        reports.append(f"{model.name}\n\n{report}")
+        trained_on = model.checkpoint["dataset"]
+        own = trained_on["name"] == data.name and not other_files(
+            trained_on, data.sizes, data.content
+        )
+        val = data.val if own and len(data.val) and args.split == "test" else None
+        row, logits = evaluate(model, split, val, data.classes)
+        row["split"] = args.split
+        if args.robustness:
+            some = split.subset(order[: args.robustness_images])
+            row["robustness"] = measure_robustness(model, some, data.classes)
+        metrics[model.name] = row
+        p.append(m.probabilities(logits))
+        reports.append(f"{model.name}\n\n{text_report(p[-1], labels, data.classes)}")
+    recipes = [recipe(model) for model in models]
+    compared = m.compare_all(metrics, recipes, p, labels, data.classes)
+    compared["about"] = describe(args, argv, data, split, trained_on)
 
     # 4. Draw.
-    for figure, most in (("confusion_matrix", MOST_MATRICES), ("learning_curves", MOST_CURVES)):
-        if len(models) > most:
-            print(f"{figure}.png shows the first {most} of {len(models)} checkpoints")
-    figures = {
-        "confusion_matrix": plot_confusion(metrics, data.classes),
-        "learning_curves": plot_curves({m.name: m.checkpoint["history"] for m in models}),
-        "class_examples": plot_examples(split, data.classes),
-        "class_counts": plot_counts(data),
-    }
+    figures = draw(models, metrics, compared, p, data, split)
+    pictures = {name: charts.as_png(figure) for name, figure in figures.items()}
 
     # 5. Write.
-    paths = [model.path for model in models]
-    files = write_files(args.out_dir, paths, list(metrics.values()), "\n\n".join(reports))
+    by_path = {model.path: metrics[model.name] for model in models}
+    files = {
+        "metrics.json": json.dumps(by_path, indent=2) + "\n",
+        "comparison.json": json.dumps(compared, indent=2) + "\n",
+        "predictions.csv": predictions_csv(list(metrics), p, split, data.classes),
+        "classification_report.txt": "\n\n".join(reports) + "\n",
+        **{f"{name}.png": picture for name, picture in pictures.items()},
+        "report.html": report.render(metrics, compared, pictures),
+    }
+    write_files(args.out_dir, files)
     print_table(metrics)
-    write_figures(args.out_dir, figures, metrics, reports)
-    print(f"written to {args.out_dir}: {', '.join([*files, *(f'{f}.png' for f in figures)])}")
+    write_curves(args.out_dir, pictures, metrics, reports)
+    print(f"written to {args.out_dir}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

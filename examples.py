@@ -58,16 +58,21 @@ def choose_test_images(models: list[TrainedModel], data: Data, show: str, count:
     chosen = chosen[:count]
     if not len(chosen):
         raise UserError(f"--show {show}: there is no such image in the test split")
-    images, labels = data.test.rows(chosen)
-    names = [data.classes[label] for label in labels]
-    if data.test.files:
-        descriptions = [printable(data.test.files[row]) for row in data.test.indices[chosen]]
+    return examples_of(data.test, chosen, data.classes)
+
+
+def examples_of(split: Split, rows: torch.Tensor, classes: list[str]) -> Examples:
+    """The images at positions `rows` of a split."""
+    images, labels = split.rows(rows)
+    names = [classes[label] for label in labels]
+    if split.files:
+        descriptions = [printable(split.files[row]) for row in split.indices[rows]]
     else:
-        descriptions = [f"test image {i} ({n})" for i, n in zip(chosen, names, strict=True)]
+        descriptions = [f"test image {i} ({n})" for i, n in zip(rows, names, strict=True)]
     return Examples(
         split=Split.of(images, labels),
-        test_rows=chosen,
-        classes=data.classes,
+        test_rows=rows,
+        classes=classes,
         pictures=list(images.permute(0, 2, 3, 1).numpy()),
         names=[f"true: {name}" for name in names],
         descriptions=descriptions,

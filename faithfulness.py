@@ -51,8 +51,9 @@ from cli import (
     use_device,
     writing,
 )
-from evaluate import interval, table
+from evaluate import table
 from figures import plot_faithfulness, with_plain_text
+from metrics import interval
 from models import build_model
 from prepare import TrainedModel, load_data_for, load_models
 

@@ -1,4 +1,4 @@
-"""All figures: maps over images, attention, confusion matrices, curves, what a data set holds.
+"""Figures of explanations: maps over images, attention, faithfulness. Class names on an axis.
 
 B images   L layers   h, w grid of a map   H, W image height and width   C classes
 """
@@ -14,8 +14,6 @@ import textwrap
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from data import Data, Split
 
 
 @contextlib.contextmanager
@@ -35,12 +33,11 @@ with without_backend():
     import matplotlib.font_manager
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: F401 (for charts.py)
 
 # What a figure of readable size holds.
-MOST_BARS, MOST_EXAMPLES, MOST_NAMES = 25, 50, 100  # classes: with numbers, an image, a name
+MOST_BARS, MOST_NAMES = 25, 100  # classes: with numbers, with a name
 MOST_LAYERS, MOST_HEADS = 24, 16  # of attention
-MOST_MATRICES, MOST_CURVES = 6, 10  # checkpoints; matplotlib has ten colours
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Hiragino Sans")
 # A decorator for commands that draw: a $ in a name is a $, and names may be Chinese or Japanese.
 with_plain_text = matplotlib.rc_context({
@@ -287,114 +284,4 @@ def plot_faithfulness(curves: dict, title: str) -> Figure:
         axes.set_xlabel(f"% of the image {what}, highest values first")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    return figure
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
-    """A panel per model; a cell has the number of images and their fraction of the true class."""
-    metrics = dict(itertools.islice(metrics.items(), MOST_MATRICES))
-    C, few = len(classes), len(classes) <= MOST_BARS
-    side = max(4.0, 0.66 * C) if few else 12.0 if len(metrics) == 1 else 8.0
-    columns = min(len(metrics), 3)
-    rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=((side + 1.6) * columns, (side + 1.6) * rows), layout="compressed")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(metrics) :]:
-        axes.set_axis_off()
-    names = shorten(list(metrics), int(7 * side))
-    for axes, name, scores in zip(panels, names, metrics.values(), strict=False):
-        counts = np.array(scores["confusion_matrix"])
-        shares = counts / counts.sum(1, keepdims=True).clip(1)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        name_axis(axes.xaxis, classes, tilt=True)
-        name_axis(axes.yaxis, classes, ["" if n else " (no images)" for n in counts.sum(1)])
-        axes.set(xlabel="predicted", ylabel="true")
-        correct = f"{scores['accuracy']:.2%} of {scores['images']:,} images correct"
-        axes.set_title(f"{name}\n{correct}")
-        if len(classes) <= MOST_NAMES:
-            axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
-            axes.set_yticks(np.arange(C - 1) + 0.5, minor=True)
-            axes.grid(which="minor", color="0.9", linewidth=0.8)
-            axes.tick_params(which="minor", length=0)
-        for i, j in np.argwhere(counts) if few else ():
-            color = "white" if shares[i, j] > 0.5 else "black"
-            text = {"ha": "center", "color": color}
-            axes.text(j, i - 0.04, f"{counts[i, j]}", va="bottom", fontsize=9, **text)
-            axes.text(j, i + 0.06, f"{shares[i, j]:.1%}", va="top", fontsize=7, **text)
-    return figure
-
-
-def plot_curves(histories: dict[str, list[dict]]) -> Figure:
-    """Accuracy and loss of trainings, by epoch and by training time; validation is solid."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    grid = figure.subplots(2, 2, sharey="row", sharex="col")
-    histories = dict(itertools.islice(histories.items(), MOST_CURVES))
-    names = shorten(list(histories), 40)
-    for row, quantity in zip(grid, ("accuracy", "loss"), strict=True):
-        for axes, unit in zip(row, ("epoch", "minutes of training"), strict=True):
-            for color, (name, history) in enumerate(zip(names, histories.values(), strict=True)):
-                x = [r["epoch"] if unit == "epoch" else r["seconds"] / 60 for r in history]
-                for part, style in (("val", "-"), ("train", "--")):
-                    y = [r[f"{part}_{quantity}"] for r in history]
-                    if None not in y:
-                        # The name is last: matplotlib leaves out a label that begins with _.
-                        label = f"{'validation' if part == 'val' else 'training'}, {name}"
-                        look = {"marker": "o" if len(y) < 40 else None, "markersize": 3}
-                        axes.plot(x, y, style, color=f"C{color}", label=label, **look)
-            axes.grid(alpha=0.3)
-            if quantity == "loss":
-                axes.set_xlabel(unit)
-        row[0].set_ylabel(quantity)
-    grid[0, 0].yaxis.set_major_formatter("{x:.0%}")
-    grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    grid[0, 0].legend(fontsize=10 if len(histories) <= 4 else 6)
-    return figure
-
-
-def plot_examples(split: Split, classes: list[str]) -> Figure:
-    """The first image of each class in a split, of the first classes if there are many."""
-    drawn = shorten(classes, 14)[:MOST_EXAMPLES]
-    columns = min(len(drawn), 10)
-    rows = -(-len(drawn) // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.3), layout="constrained")
-    if len(drawn) < len(classes):
-        figure.suptitle(f"the first {len(drawn)} of {len(classes)} classes")
-    labels = split.labels[split.indices]
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels:
-        axes.axis("off")
-    for label, (axes, name) in enumerate(zip(panels, drawn, strict=False)):
-        where = (labels == label).nonzero()[:1, 0]
-        if len(where):
-            axes.imshow(split.rows(where)[0][0].permute(1, 2, 0).numpy(), interpolation="nearest")
-        else:
-            axes.text(0.5, 0.5, "no images", ha="center", va="center")
-        axes.set_title(name, fontsize=11)
-    return figure
-
-
-def plot_counts(data: Data) -> Figure:
-    """Images per class in each split."""
-    C = len(data.classes)
-    figure = Figure(figsize=(min(max(6.0, 0.9 * C), 22.5), 4), layout="constrained")
-    axes, x = figure.subplots(), np.arange(C)
-    for i, part in enumerate(("train", "val", "test")):
-        split = getattr(data, part)
-        if not len(split):
-            continue
-        counts = torch.bincount(split.labels[split.indices], minlength=C).numpy()
-        label = f"{part}: {len(split):,}"
-        if len(data.classes) > MOST_BARS:
-            axes.plot(x, counts, ".", markersize=4, label=label)
-        else:
-            bars = axes.bar(x + (i - 1) * 0.28, counts, 0.28, label=label)
-            axes.bar_label(bars, fontsize=7, rotation=90 if C > 5 else 0, padding=2)
-    name_axis(axes.xaxis, data.classes, tilt=True)
-    axes.set_ylabel("images")
-    axes.margins(x=0.5 / C, y=0.15)
-    axes.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure

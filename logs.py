@@ -173,11 +173,15 @@ def layer_table(network: nn.Module, image_size: int) -> str:
 # ---------------------------------------------------------------- pictures
 
 
+MOST_CLASSES = 25  # with a curve
+
+
 class Pictures:
     """Pictures for TensorBoard, after epochs 1, 2, 4, 8, ... and the last. `train` calls it.
 
     The first augmented images; eight validation images, explained, the same each time; the
-    confusion matrix of validation and its four most confident mistakes. No random state is changed.
+    confusion matrix of validation and its four most confident mistakes. After every epoch also the
+    validation accuracy of each class. No random state is changed.
 
     Args:
         train_batches: as that of `train`; or what has them as `batches`.
@@ -200,6 +204,10 @@ class Pictures:
             answers: (logits (N, C), labels (N,)) of validation, or None.
         """
         epoch, step = row["epoch"], row["step"]
+        if logs is not None and answers is not None:
+            with writing(logs.val.log_dir, needed=False):
+                for name, accuracy in self.class_accuracies(*answers).items():
+                    logs.val.add_scalar(f"class accuracy/{name}", accuracy, step)
         if logs is None or (epoch & (epoch - 1) and epoch != self.settings.epochs):
             return
         with writing(logs.train.log_dir, needed=False):
@@ -211,6 +219,13 @@ class Pictures:
                     logs.val.add_figure(f"pictures/{name}", figure, step)
             logs.train.flush()
             logs.val.flush()
+
+    def class_accuracies(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """The fraction of images that are right, of each of the first MOST_CLASSES with images."""
+        right = logits.argmax(1) == labels
+        names = enumerate(self.metadata["classes"][:MOST_CLASSES])
+        found = {printable(name): right[labels == i] for i, name in names}
+        return {name: x.double().mean().item() for name, x in found.items() if len(x)}
 
     def augmented(self, epoch: int) -> np.ndarray:
         """Up to 16 images of the epoch's first batch, four times as large: uint8 (H, W, 3)."""
@@ -227,7 +242,8 @@ class Pictures:
 
     def figures(self, network: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> dict:
         """Explanations, confusion matrix and mistakes, as matplotlib's figures by name."""
-        import figures  # these take seconds to import
+        import charts  # these take seconds to import
+        import figures
         from attribution import methods_for
         from examples import Column, Examples, compute_columns
         from prepare import TrainedModel
@@ -260,5 +276,5 @@ class Pictures:
         if split is not None and len(surest):
             found["most confident mistakes"] = explained(surest)
         return found | {
-            "confusion": figures.plot_confusion({f"{name}, validation": scores}, classes)
+            "confusion": charts.plot_confusion({f"{name}, validation": scores}, classes)
         }

@@ -327,6 +327,19 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def count_multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
+    """Multiply-adds of a forward pass of one image (1, 3, H, W), attention written out."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes half a second
+
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        if hasattr(model, "forward_features"):
+            model.forward_head(model.forward_features(image, return_intermediates=True)[0])
+        else:
+            model(image)
+    return counter.get_total_flops() // 2
+
+
 @torch.enable_grad()
 def check_intermediates(network: nn.Module, image: torch.Tensor) -> None:
     """Check what a network offers to `explain.py`; see the top of this file.

@@ -145,7 +145,7 @@ def start_from(network, source, checkpoint: dict, config: dict, classes: list[st
 def make_batches(data: Data, flags, device) -> tuple[Batches, Batches | None]:
     """Augmented batches for training and, if there is a validation split, unchanged ones for it."""
     common = {"mean": data.mean, "std": data.std, "device": device}
-    keys = ("flip", "shift", "erase", "auto_augment", "mix")
+    keys = ("flip", "shift", "erase", "auto_augment", "mix", "balance")
     augmentation = {key: getattr(flags, key) for key in keys}
     augmentation["classes"] = len(data.classes)
     train_batches = Batches(data.train, flags.batch_size, train=True, **augmentation, **common)
@@ -272,8 +272,15 @@ def expand_patterns(names: list[str]) -> list[str]:
 
 
 def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
-    """The networks of all checkpoints; a path that is repeated counts once."""
-    paths = list(dict.fromkeys(expand_patterns(paths)))
+    """The networks of all checkpoints.
+
+    Raises:
+        UserError: one cannot be read, or is named twice.
+    """
+    paths = expand_patterns(paths)
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{path} is named twice: name it once")
     files = [Path(path) for path in paths]
     names = [file.parent.name if file.stem in ("best", "last") else file.stem for file in files]
     if "" in names or len(set(names)) < len(names):

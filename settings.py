@@ -90,6 +90,7 @@ def training_parser(manual: str, recipe: dict, changes: dict) -> Parser:
     on_off = {"action": argparse.BooleanOptionalAction, "default": False}
     group.add_argument("--flip", **on_off, help="mirror half of the images")
     group.add_argument("--auto-augment", **on_off, help="TrivialAugmentWide")
+    group.add_argument("--balance", **on_off, help="draw images of all classes equally often")
     recipes = ("fast", *(name for name in changes if name != "digits"))
     _add_run_flags(parser.add_argument_group("run"), recipes)
     parser.set_defaults(**recipe)

@@ -16,9 +16,9 @@ measures the full original test split, which this downloads.
 from pathlib import Path
 
 from common import DEVICE, add_results_flag, append
-from scipy.stats import binomtest
 
 from cli import Parser, UserError, command, name_type, path_type, run
+from metrics import mcnemar, wilson
 from prepare import TrainedModel, load_data_for, load_models
 
 
@@ -36,8 +36,7 @@ def right(model: TrainedModel, folder: Path):
 
 def with_interval(correct: int, total: int) -> list[float]:
     """The fraction of correct answers, and the ends of Wilson's 95% interval."""
-    found = binomtest(correct, total).proportion_ci(method="wilson")
-    return [round(x, 4) for x in (correct / total, found.low, found.high)]
+    return [round(x, 4) for x in (correct / total, *wilson(correct, total))]
 
 
 @command
@@ -59,7 +58,7 @@ def main(argv=None):
             mean, low, high = result[name]
             print(f"{model.name}: {name} {mean:.1%} (95%: {low:.1%} to {high:.1%})")
         only = [int((original & ~jpeg).sum()), int((jpeg & ~original).sum())]
-        p = binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
+        p = mcnemar(*only)
         result |= {"right_in_one_only": only, "mcnemar_p": p}
         print(
             f"{model.name}: right only as original {only[0]}, only as JPEG {only[1]}; p = {p:.2g}"

@@ -1,4 +1,7 @@
+import colorsys
+import functools
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -11,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY_CNN
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -19,7 +24,7 @@ from torchvision.datasets import CIFAR10
 import batches
 import data
 import folders
-from batches import Batches, DistillationBatches
+from batches import Batches, DistillationBatches, corrupt, shifted
 from checkpoint import load_checkpoint
 from cli import UserError
 from data import Split, load_data
@@ -445,3 +450,92 @@ def test_ten_times_as_many_images_need_no_more_memory_and_time(tmp_path):
     """200,000 images of 64 pixels (2.3 GiB) beside 20,000."""
     few, many = (train_on_files(tmp_path / str(n), n, 64) for n in (20_000, 200_000))
     assert many[0] < 1.1 * few[0] and many[1] > 0.9 * few[1]
+
+
+# ---------------------------------------------------------------- corruption
+
+
+def corrupted(kind, severity):
+    """64 smooth random images, float (B, 3, 32, 32) in 0 ... 255, and as `corrupt` changes them."""
+    small = torch.randint(256, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(small.float(), 32, mode="bilinear").round().byte()
+    return images, corrupt(images, kind, severity).float()
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_pixelation_and_jpeg_are_those_of_pillow(severity):
+    images, changed = corrupted("pixelation", severity)
+    size = int(32 * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
+    for image, ours in zip(images[:8], changed, strict=False):
+        theirs = Image.fromarray(image.permute(1, 2, 0).numpy())
+        for side in (size, 32):
+            theirs = theirs.resize((side, side), Image.Resampling.BOX)
+        theirs = np.asarray(theirs, dtype=float)
+        assert abs(ours.permute(1, 2, 0).numpy() - theirs).max() <= 1.5  # it rounds twice
+    images, changed = corrupted("JPEG", severity)
+    quality = (80, 65, 58, 50, 40)[severity - 1]
+    for image, ours in zip(images[:8], changed, strict=False):
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+        theirs = np.asarray(Image.open(file), dtype=float)
+        assert abs(ours.permute(1, 2, 0).numpy() - theirs).max() <= 0.5
+
+
+@pytest.mark.parametrize("severity", [1, 5])
+def test_brightness_contrast_blur_and_noise_are_those_of_the_formulas(severity):
+    """In float64, image by image, by colorsys, NumPy and scipy."""
+    for kind, numbers in (("brightness", (0.05, 0.3)), ("contrast", (0.75, 0.15)),
+                          ("blur", (0.4, 1.0)), ("noise", (0.04, 0.1))):  # fmt: skip
+        images, changed = corrupted(kind, severity)
+        x, c = images.double().numpy() / 255, numbers[severity > 1]
+        if kind == "brightness":
+            image = x[0].transpose(1, 2, 0).reshape(-1, 3)
+            hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in image]
+            rgb = np.array([colorsys.hsv_to_rgb(h, s, min(1, v + c)) for h, s, v in hsv])
+            theirs, ours = rgb.T.reshape(3, 32, 32), changed[0].numpy()
+        elif kind == "contrast":
+            theirs = (x - x.mean((2, 3), keepdims=True)) * c + x.mean((2, 3), keepdims=True)
+            ours = changed.numpy()
+        elif kind == "blur":
+            blur = functools.partial(
+                scipy.ndimage.gaussian_filter1d, sigma=c, mode="mirror", radius=4
+            )
+            theirs = blur(blur(x, axis=2), axis=3)
+            ours = changed.numpy()
+        else:
+            error = (changed.numpy() / 255 - x)[(x > 0.4) & (x < 0.6)]  # where nothing is clipped
+            assert error.std() == pytest.approx(c, rel=0.05) and abs(error.mean()) < c / 20
+            continue
+        assert abs(ours - 255 * theirs.clip(0, 1)).max() <= 0.51, kind
+
+
+def test_corruption_is_the_same_each_time_and_changes_no_random_state():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    first, second = (corrupted("noise", 2)[1] for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(torch.rand(3), expected)
+
+
+def test_shifts_move_by_that_many_pixels():
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    images[:, :, 4, 4] = 9
+    places = [x[0, 0].nonzero().tolist() for x in shifted(images, 2)]
+    assert places == [[[4, 2]], [[4, 6]], [[2, 4]], [[6, 4]]]
+    (same,) = shifted(images, 0)
+    assert torch.equal(same, images)
+
+
+def test_balanced_batches_have_all_classes_equally_often():
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    images = labels.byte().view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+    settings = {"mean": (0, 0, 0), "std": (1, 1, 1), "train": True}
+    batches = Batches(Split.of(images, labels), 100, **settings, balance=True)
+    torch.manual_seed(0)
+    seen = torch.cat([y for _, y in batches])
+    counts = torch.bincount(seen) / len(seen)
+    assert len(seen) == 1000 and (counts - 1 / 3).abs().max() < 0.05  # 3 standard deviations
+    torch.manual_seed(0)
+    assert torch.equal(torch.cat([y for _, y in batches]), seen)
+    plain = torch.cat([y for _, y in Batches(Split.of(images, labels), 100, **settings)])
+    assert torch.bincount(plain).tolist() == [900, 90, 10]

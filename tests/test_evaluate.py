@@ -1,47 +1,51 @@
+import html.parser
 import json
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY_CNN
 from PIL import Image
 from sklearn import metrics as sk
 
+import charts
 import checkpoint
 import evaluate
-import figures
+import report
 import train_cnn
 from data import load_data
+from metrics import measure
 
 
 def test_metrics_worked_out_by_hand():
-    labels, predictions = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 2])
-    logits = math.log(8) * F.one_hot(predictions).float()  # probabilities .8, .1, .1
-    ours = evaluate.measure(logits, labels, ["a", "b", "c"])
+    labels, predictions = np.array([0, 0, 0, 1, 1, 2]), [0, 0, 1, 1, 0, 2]
+    logits = math.log(8) * np.eye(3)[predictions]  # probabilities .8, .1, .1
+    ours = measure(logits, labels, ["a", "b", "c"])
     assert ours["confusion_matrix"] == [[2, 1, 0], [1, 1, 0], [0, 0, 1]]
     by_class = {"a": (2 / 3, 2 / 3, 2 / 3, 3), "b": (1 / 2, 1 / 2, 1 / 2, 2), "c": (1, 1, 1, 1)}
-    for name, expected in by_class.items():  # precision, recall, F1, support
-        assert list(ours["per_class"][name].values()) == pytest.approx(expected)
+    for name, expected in by_class.items():
+        found = [ours["per_class"][name][k] for k in ("precision", "recall", "f1", "support")]
+        assert found == pytest.approx(expected)
     assert ours["accuracy"] == pytest.approx(4 / 6)
     assert ours["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
     assert ours["weighted_f1"] == pytest.approx((3 * 2 / 3 + 2 * 1 / 2 + 1) / 6)
-    assert ours["loss"] == pytest.approx(-(4 * math.log(0.8) + 2 * math.log(0.1)) / 6)
+    assert ours["log_loss"] == pytest.approx(-(4 * math.log(0.8) + 2 * math.log(0.1)) / 6)
+    assert ours["brier"] == pytest.approx((4 * 0.06 + 2 * (0.9**2 + 0.8**2 + 0.1**2)) / 6)
+    assert ours["ece"] == pytest.approx(0.8 - 4 / 6)
 
 
 def test_a_class_without_images_is_no_error():
-    logits = torch.eye(3).repeat(5, 1)
-    ours = evaluate.measure(logits, torch.zeros(15, dtype=torch.long), ["a", "b", "c"])
+    ours = measure(np.tile(np.eye(3), (5, 1)), np.zeros(15, dtype=int), ["a", "b", "c"])
     assert ours["per_class"]["b"]["support"] == 0
-    figures.plot_confusion({"m": ours}, ["a", "b", "c"])
+    charts.plot_confusion({"m": ours}, ["a", "b", "c"])
 
 
 def test_rows_of_the_confusion_figure_are_true_classes():
-    logits = torch.eye(2)[[0, 0, 1]]
-    ours = evaluate.measure(logits, torch.tensor([0, 1, 1]), ["a", "b"])
-    (axes,) = figures.plot_confusion({"m": ours}, ["a", "b"]).axes
+    ours = measure(np.eye(2)[[0, 0, 1]], np.array([0, 1, 1]), ["a", "b"])
+    (axes,) = charts.plot_confusion({"m": ours}, ["a", "b"]).axes
     cells = {(round(t.get_position()[1]), round(t.get_position()[0])): [] for t in axes.texts}
     for text in axes.texts:
         x, y = text.get_position()
@@ -65,7 +69,8 @@ def test_a_folder_with_test_alone_is_measured_whole(photos, tmp_path):
 @pytest.fixture(scope="module")
 def results(trained, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("evaluation")
-    evaluate.main([*map(str, trained.values()), "--out-dir", str(out_dir)])
+    argv = ["--robustness", "--robustness-images", "40", "--out-dir", str(out_dir)]
+    evaluate.main([*map(str, trained.values()), *argv])
     return out_dir
 
 
@@ -82,12 +87,117 @@ def test_files_say_what_the_models_do(results, trained):
         assert sum(found["per_class"][d]["support"] for d in "0123456789") == 360
     report = (results / "classification_report.txt").read_text()
     assert "digits-cnn" in report and "macro avg" in report
-    comparison = json.loads((results / "comparison.json").read_text())
-    assert [row["accuracy"] for row in comparison] == [m["accuracy"] for m in written.values()]
-    assert all(row["timing"]["training_seconds"] > 0 for row in comparison)
-    for name in ("confusion_matrix", "learning_curves", "class_examples", "class_counts"):
-        pixels = np.asarray(Image.open(results / f"{name}.png").convert("L"))
+    found = json.loads((results / "comparison.json").read_text())
+    (pair,), rows = found["pairs"], list(written.values())
+    assert pair["difference"] == pytest.approx(rows[0]["accuracy"] - rows[1]["accuracy"])
+    assert found["about"]["images"] == 360 and "--robustness-images 40" in found["about"]["command"]
+    for row in rows:
+        assert row["timing"]["training_seconds"] > 0 and row["robustness"]["images"] == 40
+        assert row["temperature"]["log_loss"] < row["log_loss"] + 0.02  # fitted on validation
+    lines = (results / "predictions.csv").read_text().splitlines()
+    assert lines[0] == (
+        "image,true,digits-cnn: predicted,digits-cnn: probability,"
+        "digits-vit: predicted,digits-vit: probability"
+    )
+    right = [line.split(",")[1] == line.split(",")[2] for line in lines[1:]]
+    assert np.mean(right) == pytest.approx(rows[0]["accuracy"])
+    for path in results.glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("L"))
         assert pixels.shape[1] >= 700 and pixels.std() > 5
+    assert {path.stem for path in results.glob("*.png")} == {
+        "difference", "confusion_matrix", "confidence", "mistakes", "disagreements", "robustness",
+        "learning_curves", "class_examples", "class_counts",
+    }  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, text):
+        self.text.append(text)
+
+
+def test_the_report_is_one_file_that_loads_nothing(results):
+    text = (results / "report.html").read_text()
+    page = Page(text)
+    assert len(text) < 3_000_000
+    names = [tag for tag, _ in page.tags]
+    assert not {"script", "link", "iframe", "object"} & set(names) and "http" not in text
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == len(list(results.glob("*.png")))
+    for picture in pictures:
+        assert picture["src"].startswith("data:image/png;base64,") and len(picture["alt"]) > 20
+    assert all(a.get("scope") in ("row", "col") for tag, a in page.tags if tag == "th")
+    assert names.count("h1") == 1 and names.count("caption") == names.count("table")
+    summary = text[text.index("<ul>") : text.index("</ul>")]
+    metrics = json.loads((results / "metrics.json").read_text())
+    accuracy = max(row["accuracy"] for row in metrics.values())
+    assert 5 <= summary.count("<li>") <= 10 and f"{accuracy:.1%}" in summary
+    assert all(row["sha256"] in text for row in metrics.values())
+
+
+def test_names_are_escaped_in_the_report(results):
+    metrics = json.loads((results / "metrics.json").read_text())
+    compared = json.loads((results / "comparison.json").read_text())
+    evil = "<script>alert(1)</script>"
+    named = {evil: metrics.popitem()[1]}
+    named[evil]["per_class"] = {evil if k == "3" else k: v for k, v in
+                                named[evil]["per_class"].items()}  # fmt: skip
+    compared |= {"pairs": [], "ensemble": None}
+    compared["about"]["classes"][3] = compared["about"]["note"] = evil
+    page = report.render(named, compared, {})
+    assert "<script" not in page and page.count("&lt;script&gt;") > 4
+
+
+def a_pair(difference, low, high, p):
+    return {
+        "first": "a", "second": "b", "difference": difference, "interval": [low, high],
+        "mcnemar_p": p,
+        "per_class": {"x": {"difference": difference, "interval": [low, high], "images": 9}},
+        "right": {"both": 5, "first": 2, "second": 2, "neither": 1}, "agreement": 0.5,
+    }  # fmt: skip
+
+
+def test_the_words_follow_from_the_numbers():
+    better = report._better(a_pair(-0.089, -0.097, -0.081, 1e-9))
+    assert better[0] == (
+        "b is better than a by 8.9 points (95%: 8.1 to 9.7; McNemar's test: p < 0.0001)."
+    )
+    (same,) = report._better(a_pair(0.004, -0.002, 0.01, 0.2))
+    assert same == (
+        "No difference is shown: a less b is +0.4 points (95%: −0.2 to +1.0; McNemar's test: "
+        "p = 0.2)."
+    )
+    assert "a is ahead most on x (5.0 points)" in report._classes(a_pair(0.05, 0.01, 0.1, 0.01))
+    assert report._classes(a_pair(0.05, -0.01, 0.1, 0.1)) == "No single class shows a difference."
+    assert report.listed([]) == "" and report.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_two_evaluations_write_the_same_numbers(trained, tmp_path, monkeypatch):
+    """Byte for byte, but for times. Without --out-dir the folder has the checkpoint's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "write_curves", lambda *_: None)  # it takes seconds
+    texts = []
+    for _ in range(2):
+        evaluate.main([str(trained["cnn"])])
+        text = (tmp_path / "runs/evaluation/digits-cnn/metrics.json").read_text()
+        texts.append(re.sub(r'("evaluation_seconds"|"images_per_second"): [\d.]+', "", text))
+    assert texts[0] == texts[1] and len(texts[0]) > 5000
+
+
+def test_a_checkpoint_given_twice_is_refused(trained, tmp_path, fails):
+    path = trained["cnn"]
+    assert f"{path} is named twice" in fails(evaluate.main, path, path)
+    shutil.copy(path, tmp_path / "copy.pt")
+    assert "is a copy of" in fails(evaluate.main, path, tmp_path / "copy.pt")
 
 
 def test_tensorboard_has_figures_and_numbers(results, trained):
@@ -123,13 +233,8 @@ def test_one_checkpoint_on_the_validation_split(trained, tmp_path):
     (found,) = json.loads((tmp_path / "metrics.json").read_text()).values()
     best = checkpoint.load_checkpoint(trained["cnn"])["best"]["val_accuracy"]
     assert found["accuracy"] == pytest.approx(best)  # what the training saw, from the file alone
-    assert not (tmp_path / "comparison.json").exists()
-
-
-def test_an_old_comparison_is_removed(trained, tmp_path):
-    (tmp_path / "comparison.json").write_text("[]")
-    evaluate.main([str(trained["cnn"]), "--out-dir", str(tmp_path)])
-    assert not (tmp_path / "comparison.json").exists()
+    assert found["temperature"] is None  # there are no other images to fit it on
+    assert json.loads((tmp_path / "comparison.json").read_text())["pairs"] == []
 
 
 def test_a_folder_of_other_classes_is_refused(trained, photos, fails):

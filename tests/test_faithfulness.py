@@ -8,8 +8,8 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 import attribution
 import faithfulness
-from evaluate import interval
 from faithfulness import CELLS, Hiding, area, curve, curves_of, ranked, saco, score
+from metrics import interval
 from models import ViT
 from prepare import load_data_for, load_models
 

@@ -14,6 +14,7 @@ import torch
 from conftest import TINY_CNN
 from PIL import Image, PngImagePlugin
 
+import charts
 import checkpoint
 import data
 import evaluate
@@ -27,6 +28,7 @@ from checkpoint import load_checkpoint
 from cli import UserError
 from data import load_data
 from folders import read_image
+from metrics import measure
 from prepare import load_data_for, load_models
 
 
@@ -219,13 +221,13 @@ def test_a_class_that_is_too_small_is_named(tmp_path):
 def test_averages_are_over_classes_with_images():
     """12 of 12 right and a class without images: 1, not 2/3."""
     labels = torch.tensor([0, 1] * 6)
-    found = evaluate.measure(10 * torch.eye(3)[labels], labels, ["a", "b", "c"])
+    found = measure(10 * np.eye(3)[labels], labels.numpy(), ["a", "b", "c"])
     assert found["macro_f1"] == found["weighted_f1"] == found["accuracy"] == 1
-    assert found["per_class"]["c"] == {"precision": None, "recall": None, "f1": None, "support": 0}
-    wrong = evaluate.measure(10 * torch.eye(3)[[0, 1, 2]], torch.tensor([0, 1, 1]), ["a", "b", "c"])
+    assert [v for v in found["per_class"]["c"].values() if v is not None] == [0]  # support
+    wrong = measure(10 * np.eye(3)[[0, 1, 2]], np.array([0, 1, 1]), ["a", "b", "c"])
     assert wrong["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
     assert wrong["per_class"]["c"]["precision"] == 0 and wrong["per_class"]["c"]["f1"] is None
-    (axes,) = figures.plot_confusion({"m": wrong}, ["a", "b", "c"]).axes
+    (axes,) = charts.plot_confusion({"m": wrong}, ["a", "b", "c"]).axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c (no images)"]
 
 
@@ -435,11 +437,11 @@ def test_figures_of_many_classes_are_bounded():
     images = torch.randint(256, (2 * C, 3, 32, 32), dtype=torch.uint8)
     split = data.Split.of(images, labels)
     found = data.Data("folder", split, split, split, classes, (0.5,) * 3, (0.5,) * 3)
-    metrics = evaluate.measure(torch.eye(C)[labels.roll(1)], labels, classes)
+    metrics = measure(np.eye(C)[labels.roll(1)], labels.numpy(), classes)
     for figure in (
-        figures.plot_confusion(dict.fromkeys(map(str, range(40)), metrics), classes),
-        figures.plot_counts(found),
-        figures.plot_examples(split, classes),
+        charts.plot_confusion(dict.fromkeys(map(str, range(40)), metrics), classes),
+        charts.plot_counts(found),
+        charts.plot_examples(split, classes),
     ):
         assert max(120 * figure.get_size_inches()) < 4000  # pixels, as evaluate.py saves it
 
@@ -471,9 +473,8 @@ def test_names_that_differ_in_the_middle_stay_different():
 def test_a_run_whose_name_begins_with_an_underscore_has_a_legend_entry():
     row = {"epoch": 1, "seconds": 60.0, "val_accuracy": 0.5, "train_accuracy": 0.4}
     row |= {"val_loss": 1.0, "train_loss": 1.2}
-    figure = figures.plot_curves({"_draft": [row], "b": [row]})
-    (legend,) = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
-    texts = [text.get_text() for text in legend.get_texts()]
+    figure = charts.plot_curves({"_draft": [row], "b": [row]}, {"_draft": 1, "b": 1})
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["validation, _draft", "training, _draft", "validation, b", "training, b"]
 
 
@@ -567,13 +568,12 @@ def test_an_older_checkpoint_with_decomposed_names_knows_its_classes(tmp_path):
 def test_checkpoints_that_a_figure_does_not_show_are_counted(
     trained, tmp_path, capsys, monkeypatch
 ):
-    for module in (evaluate, figures):
-        monkeypatch.setattr(module, "MOST_MATRICES", 1)
-    monkeypatch.setattr(evaluate, "write_figures", lambda *_: None)  # it takes seconds
+    monkeypatch.setattr(charts, "MOST_MATRICES", 1)
+    monkeypatch.setattr(evaluate, "write_curves", lambda *_: None)  # it takes seconds
     evaluate.main([*map(str, trained.values()), "--out-dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert "confusion_matrix.png shows the first 1 of 2 checkpoints" in out
-    assert "learning_curves.png shows" not in out
+    assert "curves show" not in out
 
 
 def test_a_photograph_that_is_all_dark_is_named(trained, tmp_path, capsys):

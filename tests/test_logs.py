@@ -81,11 +81,12 @@ def test_augmented_images_are_those_of_the_epochs_first_batch(runs, monkeypatch)
 
 
 def test_mistakes_are_the_most_confident_ones_and_the_matrix_counts_all(monkeypatch):
+    import charts
     import figures
 
     drawn, matrix = [], []
     monkeypatch.setattr(figures, "plot_explanations", lambda *a: drawn.append(a) or ["figure"])
-    monkeypatch.setattr(figures, "plot_confusion", lambda m, c: matrix.append(m))
+    monkeypatch.setattr(charts, "plot_confusion", lambda m, c: matrix.append(m))
     data = load_data("digits", ".")
     split = data.val.subset(torch.arange(12))
     labels = split.labels[split.indices]
@@ -148,7 +149,14 @@ def test_text_and_hyperparameters(runs):
     assert "|batch_size|`32`|" in text("settings") and "|**all**|`CNN`|" in text("layers")
     assert "val: plain cross-entropy" in text("settings")
     val = read(runs / "on" / "val")
-    assert set(val.Tags()["scalars"]) == {"epoch/loss", "epoch/accuracy"}
+    classes = {f"class accuracy/{i}" for i in range(10)}
+    assert set(val.Tags()["scalars"]) == {"epoch/loss", "epoch/accuracy", *classes}
+    labels = load_data("digits", ".").val
+    counts = torch.bincount(labels.labels[labels.indices]).tolist()
+    of_class = [val.Scalars(f"class accuracy/{i}")[-1] for i in range(10)]
+    correct = sum(n * point.value for n, point in zip(counts, of_class, strict=True))
+    last = val.Scalars("epoch/accuracy")[-1]
+    assert correct / 144 == pytest.approx(last.value, abs=1e-6) and of_class[0].step == last.step
     content = val.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert started["batch_size"].number_value == 32 and "out_dir" not in started
