@@ -13,7 +13,6 @@ Prints a table; writes into --out-dir, and to TensorBoard from there:
     *.png                      the figures of the report
 """
 
-import csv
 import hashlib
 import io
 import itertools
@@ -30,7 +29,6 @@ import numpy as np
 import sklearn
 import torch
 from PIL import Image
-from sklearn.metrics import classification_report
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -52,7 +50,6 @@ from cli import (
     name_type,
     path_type,
     printable,
-    quoted,
     run,
     use_device,
     writing,
@@ -66,7 +63,7 @@ from models import count_multiply_adds, count_parameters
 from prepare import TrainedModel, load_data_for, load_models, other_files
 from settings import CHANGEABLE
 
-MOST_PAIRS = 3  # of checkpoints, that are drawn
+MOST_PAIRS = 3  # of checkpoints that are drawn; and checkpoints whose mistakes are
 
 
 # ---------------------------------------------------------------- numbers
@@ -224,33 +221,12 @@ def print_table(metrics: dict[str, dict]) -> None:
     print(table(rows))
 
 
-def text_report(p: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
-    """scikit-learn's report."""
-    present = np.unique(labels).tolist()
-    text = classification_report(
-        labels, p.argmax(1), labels=present, target_names=[classes[i] for i in present],
-        digits=4, zero_division=np.nan,
-    )  # fmt: skip
-    missing = [name for i, name in enumerate(classes) if i not in present]
-    return text + (f"\nno images of {quoted(missing)}\n" if missing else "")
-
-
-def predictions_csv(names: list[str], p: list[np.ndarray], split: Split, classes: list[str]) -> str:
-    """A row per image: file or position, true class, each network's class and probability."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [[f"{name}: predicted", f"{name}: probability"] for name in names]
-    writer.writerow(["image", "true", *itertools.chain(*columns)])
-    images = [split.files[i] for i in split.indices] if split.files else range(len(split))
-    answers = [(x.argmax(1).tolist(), x.max(1).tolist()) for x in p]
-    for i, (image, label) in enumerate(zip(images, split.labels[split.indices], strict=True)):
-        found = [[classes[guess[i]], f"{surety[i]:.6f}"] for guess, surety in answers]
-        writer.writerow([printable(image), classes[label], *itertools.chain(*found)])
-    return text.getvalue()
-
-
 def write_files(out_dir: Path, files: dict[str, str | bytes]) -> None:
-    """Write texts and pictures by their names."""
+    """Write texts and pictures by their names; remove figures of an earlier evaluation."""
+    sometimes = ("mistakes", "disagreements", "robustness", "difference", "difference-[123]")
+    with writing(out_dir):
+        for old in itertools.chain(*(out_dir.glob(f"{name}.png") for name in sometimes)):
+            old.unlink()
     for name, content in files.items():
         with writing(out_dir / name):
             data = content if isinstance(content, bytes) else content.encode()
@@ -279,7 +255,11 @@ def draw(
     models: list[TrainedModel], metrics: dict, compared: dict, p: list, data: Data, split: Split
 ):
     """All figures by name, in the order of the report."""
-    most = {"confusion_matrix.png shows": charts.MOST_MATRICES, "curves show": charts.MOST_CURVES}
+    most = {
+        "confusion_matrix.png shows": charts.MOST_MATRICES,
+        "curves show": charts.MOST_CURVES,
+        "mistakes are of": MOST_PAIRS,
+    }
     for which, count in most.items():
         if len(models) > count:
             print(f"{which} the first {count} of {len(models)} checkpoints")
@@ -290,7 +270,7 @@ def draw(
         figures[name] = charts.plot_difference(pair, pair["first"], pair["second"], classes)
     figures["confusion_matrix"] = charts.plot_confusion(metrics, classes)
     figures["confidence"] = charts.plot_confidence(metrics)
-    for kind, rows in m.choose_mistakes(p, labels).items():
+    for kind, rows in m.choose_mistakes(p[:MOST_PAIRS], labels).items():
         figures[kind] = draw_explained(models, split, rows, classes)
     if "robustness" in next(iter(metrics.values())):
         figures["robustness"] = charts.plot_robustness(metrics)
@@ -328,6 +308,21 @@ def default_out_dir(models: list[TrainedModel], args) -> Path:
     return Path("runs/evaluation") / file_name(stem, "")
 
 
+def refuse_copies(models: list[TrainedModel]) -> None:
+    """Raise UserError if two files are the same checkpoint."""
+    for one, other in itertools.combinations(models, 2):
+        if Path(one.path).read_bytes() == Path(other.path).read_bytes():
+            raise UserError(f"{other.path} is a copy of {one.path}: name one of them")
+
+
+def own_validation(model: TrainedModel, data: Data, args) -> Split | None:
+    """The validation images that the model was chosen on, if there are others to measure it on."""
+    trained_on = model.checkpoint["dataset"]
+    same = trained_on["name"] == data.name
+    same = same and not other_files(trained_on, data.sizes, data.content)
+    return data.val if same and len(data.val) and args.split == "test" else None
+
+
 @command
 @with_plain_text
 def main(argv=None):
@@ -335,9 +330,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     models = load_models(args.checkpoints, use_device(args))
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
-    for one, other in itertools.combinations(models, 2):
-        if Path(one.path).read_bytes() == Path(other.path).read_bytes():
-            raise UserError(f"{other.path} is a copy of {one.path}: name one of them")
+    refuse_copies(models)
     args.out_dir = args.out_dir or default_out_dir(models, args)
     make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None)
 
@@ -355,36 +348,33 @@ def main(argv=None):
     )
 
     # 3. Compute.
-    labels, metrics, p, reports = split.labels[split.indices].numpy(), {}, [], []
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    labels, metrics, p = split.labels[split.indices].numpy(), {}, []
     for model in models:
-        trained_on = model.checkpoint["dataset"]
-        own = trained_on["name"] == data.name and not other_files(
-            trained_on, data.sizes, data.content
-        )
-        val = data.val if own and len(data.val) and args.split == "test" else None
-        row, logits = evaluate(model, split, val, data.classes)
-        row["split"] = args.split
+        row, logits = evaluate(model, split, own_validation(model, data, args), data.classes)
         if args.robustness:
             some = split.subset(order[: args.robustness_images])
             row["robustness"] = measure_robustness(model, some, data.classes)
-        metrics[model.name] = row
+        metrics[model.name] = {"split": args.split} | row
         p.append(m.probabilities(logits))
-        reports.append(f"{model.name}\n\n{text_report(p[-1], labels, data.classes)}")
     recipes = [recipe(model) for model in models]
     compared = m.compare_all(metrics, recipes, p, labels, data.classes)
-    compared["about"] = describe(args, argv, data, split, trained_on)
+    compared["about"] = describe(args, argv, data, split, models[0].checkpoint["dataset"])
 
     # 4. Draw.
     figures = draw(models, metrics, compared, p, data, split)
     pictures = {name: charts.as_png(figure) for name, figure in figures.items()}
 
     # 5. Write.
+    reports = [
+        f"{name}\n\n{report.text_report(x, labels, data.classes)}"
+        for name, x in zip(metrics, p, strict=True)
+    ]
     by_path = {model.path: metrics[model.name] for model in models}
     files = {
         "metrics.json": json.dumps(by_path, indent=2) + "\n",
         "comparison.json": json.dumps(compared, indent=2) + "\n",
-        "predictions.csv": predictions_csv(list(metrics), p, split, data.classes),
+        "predictions.csv": report.predictions_csv(list(metrics), p, split, data.classes),
         "classification_report.txt": "\n\n".join(reports) + "\n",
         **{f"{name}.png": picture for name, picture in pictures.items()},
         "report.html": report.render(metrics, compared, pictures),

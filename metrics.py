@@ -316,10 +316,10 @@ def compare_all(metrics: dict[str, dict], recipes: list[str], p: list, labels, c
 
 def choose_mistakes(p: list[np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
     """Rows of the most confident mistakes of each network, and where the first two disagree."""
-    rows = {"mistakes": [], "disagreements": []}
+    rows, most = {"mistakes": [], "disagreements": []}, min(MISTAKES, 10 // len(p))
     right = [x.argmax(1) == labels for x in p]
     for x, good in zip(p, right, strict=True):
-        surest = np.argsort(-x.max(1) * ~good, kind="stable")[: min(MISTAKES, (~good).sum())]
+        surest = np.argsort(-x.max(1) * ~good, kind="stable")[: min(most, (~good).sum())]
         rows["mistakes"] += surest.tolist()
     if len(p) > 1:
         both = p[0].max(1) * p[1].max(1)

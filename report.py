@@ -1,14 +1,27 @@
-"""The report: what the numbers of an evaluation say, in words, as one HTML file.
+"""What the numbers of an evaluation say, in words: report.html, and two files of text.
 
-`report.html` is its template. It gets metrics.json, comparison.json and the figures, nothing else.
+    N images   C classes   p (N, C) probabilities   labels (N,)
+
+The template of the report is also called `report.html`. It gets metrics.json, comparison.json and
+the figures, nothing else.
 """
 
 import base64
+import csv
+import io
+import itertools
 from pathlib import Path
 
 import jinja2
+import numpy as np
+from PIL import Image
+from sklearn.metrics import classification_report
 
+from cli import printable, quoted
+from data import Split
 from metrics import BINS, METRICS, confused_pairs
+
+MOST_BYTES = 2_100_000  # of pictures; in base64 these are 2.8 MB
 
 
 def percent(x: float, digits: int = 1) -> str:
@@ -36,9 +49,14 @@ def listed(items: list[str]) -> str:
 
 def summary(metrics: dict[str, dict], compared: dict) -> list[str]:
     """At most ten sentences that follow from the numbers, the most important first."""
-    names = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])[:2]
+    ranked = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])
+    pair = min(
+        compared["pairs"],
+        key=lambda pair: ranked.index(pair["first"]) + ranked.index(pair["second"]),
+        default=None,
+    )
+    names = [x for x in ranked if not pair or x in (pair["first"], pair["second"])][:2]
     lines = [_accuracies(metrics, names, compared["about"])]
-    pair = next((x for x in compared["pairs"] if {x["first"], x["second"]} == set(names)), None)
     lines += [
         f"{listed(group['checkpoints'])} are trainings of one recipe: "
         f"{percent(group['mean'], 2)} ± {percent(group['std'], 2)} (mean and standard deviation)."
@@ -172,7 +190,42 @@ def _size(metrics, names) -> str:
     return f"{listed(parts)}."
 
 
+# ---------------------------------------------------------------- text
+
+
+def text_report(p: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
+    """scikit-learn's report."""
+    present = np.unique(labels).tolist()
+    text = classification_report(
+        labels, p.argmax(1), labels=present, target_names=[classes[i] for i in present],
+        digits=4, zero_division=np.nan,
+    )  # fmt: skip
+    missing = [name for i, name in enumerate(classes) if i not in present]
+    return text + (f"\nno images of {quoted(missing)}\n" if missing else "")
+
+
+def predictions_csv(names: list[str], p: list[np.ndarray], split: Split, classes: list[str]) -> str:
+    """A row per image: file or position, true class, each network's class and probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [[f"{name}: predicted", f"{name}: probability"] for name in names]
+    writer.writerow(["image", "true", *itertools.chain(*columns)])
+    images = [split.files[i] for i in split.indices] if split.files else range(len(split))
+    answers = [(x.argmax(1).tolist(), x.max(1).tolist()) for x in p]
+    for i, (image, label) in enumerate(zip(images, split.labels[split.indices], strict=True)):
+        found = [[classes[guess[i]], f"{surety[i]:.6f}"] for guess, surety in answers]
+        writer.writerow([printable(image), classes[label], *itertools.chain(*found)])
+    return text.getvalue()
+
+
 # ---------------------------------------------------------------- the page
+
+
+def with_few_colors(png: bytes) -> bytes:
+    """The picture in 256 colours, about a third of the size."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def render(metrics: dict[str, dict], compared: dict, pictures: dict[str, bytes]) -> str:
@@ -183,6 +236,8 @@ def render(metrics: dict[str, dict], compared: dict, pictures: dict[str, bytes])
         compared: what comparison.json holds.
         pictures: PNG files by name.
     """
+    if sum(map(len, pictures.values())) > MOST_BYTES:
+        pictures = {name: with_few_colors(png) for name, png in pictures.items()}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True

@@ -48,6 +48,7 @@ def add_results_flag(parser, name: str) -> None:
 def recipe_settings(name: str, **changes) -> argparse.Namespace:
     """The settings of a script's recipe, updated with `changes`, and the number of classes."""
     common = {"classes": 10, "recipe": "fast", "seed": 0, "amp": "auto", "limit_batches": None}
+    common["balance"] = False
     return argparse.Namespace(**SCRIPTS[name].RECIPE | common | changes)
 
 

@@ -31,6 +31,7 @@ import seeds
 import shortcut
 import throughput
 import train_peer
+import unbalanced
 
 import models
 import train_cnn
@@ -42,7 +43,7 @@ from data import load_data
 CLASSES = ["bright", "dark"]  # of the fixture `photos`
 SCRIPTS = (
     "ablation alternatives curves explain_cost gpu make_jpeg_copy make_photos notebook originals "
-    "seeds shortcut throughput train_peer"
+    "seeds shortcut throughput train_peer unbalanced"
 ).split()
 PACKAGES = {"make_photos": "skimage", "notebook": "lightning"}
 
@@ -543,3 +544,12 @@ def test_shortcut(capsys):
     shortcut.main(["--epochs", "1"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line[:3] in ("cnn", "vit")]
     assert len(rows) == 4 + 7 and all(row.count("%") == 2 for row in rows)
+
+
+def test_unbalanced(capsys, tmp_path):
+    unbalanced.write_digits(tmp_path / "images")
+    counts = {d.name: len(list(d.iterdir())) for d in (tmp_path / "images" / "train").iterdir()}
+    assert all(120 < counts[str(i)] < 140 for i in range(5)) and counts["7"] == 129 // 20
+    unbalanced.main(["--epochs", "1", "--seeds", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--")]
+    assert len(rows) == 2 and all(row.count("%") == 2 for row in rows)

@@ -1,4 +1,5 @@
 import html.parser
+import io
 import json
 import math
 import re
@@ -101,6 +102,8 @@ def test_files_say_what_the_models_do(results, trained):
     )
     right = [line.split(",")[1] == line.split(",")[2] for line in lines[1:]]
     assert np.mean(right) == pytest.approx(rows[0]["accuracy"])
+    chosen = torch.randperm(360, generator=torch.Generator().manual_seed(0))[:40]
+    assert rows[0]["robustness"]["clean"] == pytest.approx(np.mean([right[i] for i in chosen]))
     for path in results.glob("*.png"):
         pixels = np.asarray(Image.open(path).convert("L"))
         assert pixels.shape[1] >= 700 and pixels.std() > 5
@@ -179,6 +182,26 @@ def test_the_words_follow_from_the_numbers():
     assert "a is ahead most on x (5.0 points)" in report._classes(a_pair(0.05, 0.01, 0.1, 0.01))
     assert report._classes(a_pair(0.05, -0.01, 0.1, 0.1)) == "No single class shows a difference."
     assert report.listed([]) == "" and report.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_of_several_seeds_the_best_is_compared_with_the_other_recipe(results):
+    row = next(iter(json.loads((results / "metrics.json").read_text()).values()))
+    about = json.loads((results / "comparison.json").read_text())["about"]
+    metrics = {name: row | {"accuracy": x} for name, x in (("a", 0.8), ("c", 0.9), ("b", 0.7))}
+    seeds = {"checkpoints": ["a", "c"], "mean": 0.85, "std": 0.07}
+    pairs = [a_pair(0.1, 0.05, 0.15, 0.01), a_pair(0.2, 0.15, 0.25, 0.01) | {"first": "c"}]
+    compared = {"pairs": pairs, "recipes": [seeds], "ensemble": None, "about": about}
+    lines = report.summary(metrics, compared)
+    assert lines[0].startswith("Of 360 test images c gets 90.0% right")
+    assert "85.00% ± 7.00%" in lines[1] and "c is better than b by 20.0 points" in lines[2]
+
+
+def test_pictures_of_a_large_report_are_made_smaller(results):
+    png = (results / "mistakes.png").read_bytes()
+    small = report.with_few_colors(png)
+    assert len(small) < 0.6 * len(png)
+    pixels = [np.asarray(Image.open(io.BytesIO(x)).convert("RGB"), float) for x in (png, small)]
+    assert abs(pixels[0] - pixels[1]).mean() < 4
 
 
 def test_two_evaluations_write_the_same_numbers(trained, tmp_path, monkeypatch):

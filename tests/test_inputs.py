@@ -23,12 +23,12 @@ import figures
 import folders
 import train_cnn
 import train_vit
-from batches import Batches
+from batches import CORRUPTIONS, Batches
 from checkpoint import load_checkpoint
 from cli import UserError
 from data import load_data
 from folders import read_image
-from metrics import measure
+from metrics import compare, measure
 from prepare import load_data_for, load_models
 
 
@@ -438,7 +438,15 @@ def test_figures_of_many_classes_are_bounded():
     split = data.Split.of(images, labels)
     found = data.Data("folder", split, split, split, classes, (0.5,) * 3, (0.5,) * 3)
     metrics = measure(np.eye(C)[labels.roll(1)], labels.numpy(), classes)
+    p = [np.eye(C)[labels.roll(shift)] for shift in (0, 1)]
+    metrics["robustness"] = {
+        "images": 9, "clean": 0.5, "corruptions": {kind: [0.5] * 5 for kind in CORRUPTIONS},
+        "shifts": [0.5] * 5,
+    }  # fmt: skip
     for figure in (
+        charts.plot_difference(compare(*p, labels.numpy(), classes), "a", "b", classes),
+        charts.plot_confidence(dict.fromkeys(map(str, range(40)), metrics)),
+        charts.plot_robustness(dict.fromkeys(map(str, range(40)), metrics)),
         charts.plot_confusion(dict.fromkeys(map(str, range(40)), metrics), classes),
         charts.plot_counts(found),
         charts.plot_examples(split, classes),
