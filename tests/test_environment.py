@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import markupsafe
 import numpy as np
 import pytest
 import torch
@@ -116,7 +117,8 @@ def test_any_name_reaches_all_that_is_written(kind, trained, tmp_path, capsys):
         evaluate.main([path, "--out-dir", str(out_dir)])
         assert list(json.loads((out_dir / "metrics.json").read_text())) == [path]
         assert cli.printable(name) in (out_dir / "classification_report.txt").read_text()
-        assert len(list(out_dir.glob("*.png"))) == 4
+        assert len(list(out_dir.glob("*.png"))) == 6
+        assert str(markupsafe.escape(cli.printable(name))) in (out_dir / "report.html").read_text()
     argv = ["--method", "grad-cam", "attention", "--save-maps", "--out-dir", str(out_dir)]
     explain.main([path, "--images", str(photo), *argv])
     maps = np.load(next(out_dir.glob("*.npz")))
@@ -170,7 +172,7 @@ def test_a_full_disk_is_named_with_the_file(where, trained, photos, tmp_path, fa
     elif where == "figure":
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", no_space)
     elif where == "report":
-        monkeypatch.setattr(Path, "write_text", no_space)
+        monkeypatch.setattr(Path, "write_bytes", no_space)
     else:
         monkeypatch.setattr(np, "savez", no_space)
     line = fails(script.main, *argv, "--out-dir", tmp_path / "out")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 
 
 def apply(name, folder):
-    for file in ROOT.glob("*.py"):
+    for file in (*ROOT.glob("*.py"), ROOT / "report.html"):
         shutil.copy(file, folder)
     subprocess.run(["git", "apply", PATCHES / f"{name}.patch"], cwd=folder, check=True)
 

@@ -19,7 +19,7 @@ def test_it_is_short_and_stores_no_outputs():
 
 def test_every_cell_runs(tmp_path):
     """In a copy, so that runs/ stays as it is. The server of TensorBoard is not started."""
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), ROOT / "report.html"):
         shutil.copy(path, tmp_path)
     for folder in ("pretrained", "pictures"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
