@@ -1,6 +1,6 @@
 """Figures of an evaluation: confusion matrices, curves, confidence, differences, robustness, data.
 
-C classes. Checkpoints keep their colour from figure to figure.
+C classes. A checkpoint has the same colour in all figures.
 """
 
 import io
@@ -69,7 +69,7 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
 def plot_curves(histories: dict[str, list[dict]], best: dict[str, int]) -> Figure:
     """Accuracy and loss of trainings, by epoch and by training time; validation is solid.
 
-    best: the epoch of each checkpoint's weights, which is marked.
+    best: the epoch of each training that was best on validation, which is marked.
     """
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     grid = figure.subplots(2, 2, sharey="row", sharex="col")
@@ -86,9 +86,9 @@ def plot_curves(histories: dict[str, list[dict]], best: dict[str, int]) -> Figur
                     # The name is last: matplotlib leaves out a label that begins with _.
                     label = f"{'validation' if part == 'val' else 'training'}, {names[color]}"
                     axes.plot(x, y, style, color=f"C{color}", label=label)
-                    if part == "val":
-                        at = best[key] - 1
-                        axes.plot(x[at], y[at], "*", color=f"C{color}", markersize=12)
+                    for i in [i for i, r in enumerate(history) if r["epoch"] == best[key]]:
+                        if part == "val":
+                            axes.plot(x[i], y[i], "*", color=f"C{color}", markersize=12)
             axes.grid(alpha=0.3)
             axes.set_title(f"{quantity} by {unit}", fontsize=11)
             if quantity == "loss":
@@ -96,7 +96,7 @@ def plot_curves(histories: dict[str, list[dict]], best: dict[str, int]) -> Figur
         row[0].set_ylabel(quantity)
     grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle("Training; the star is the epoch of the evaluated weights", fontsize=11)
+    figure.suptitle("Training; a star is the epoch that was best on validation", fontsize=11)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
@@ -136,6 +136,7 @@ def plot_confidence(metrics: dict[str, dict]) -> Figure:
     coverage.set(
         xlim=(0, 1), xlabel="fraction of images, the most confident first", ylabel="accuracy"
     )
+    coverage.set_ylim(top=1 + 0.03 * (1 - coverage.get_ylim()[0]))
     for axes in (calibration, counts, coverage):
         axes.grid(alpha=0.3)
         for axis in (axes.xaxis, axes.yaxis):
@@ -145,10 +146,11 @@ def plot_confidence(metrics: dict[str, dict]) -> Figure:
     return figure
 
 
-def plot_difference(pair: dict, first: str, second: str, classes: list[str]) -> Figure:
-    """By how many points `first` is better per class, and where its confusion matrix has more.
+def plot_difference(pair: dict, names: list[str], classes: list[str]) -> Figure:
+    """By how much the first is better per class, and where its confusion matrix has more.
 
-    pair: what `metrics.compare` returns. Of many classes, those that differ most.
+    pair: of comparison.json; names: of all checkpoints, for the colours. Of many classes, those
+    that differ most.
     """
     few = len(classes) <= MOST_BARS
     rows = sorted(pair["per_class"].items(), key=lambda row: -abs(row[1]["difference"]))
@@ -161,14 +163,15 @@ def plot_difference(pair: dict, first: str, second: str, classes: list[str]) -> 
     axes, y = panels[0], np.arange(len(rows))
     value = np.array([row["difference"] for _, row in rows])
     ends = np.array([row["interval"] for _, row in rows])
-    colors = ["C0" if x >= 0 else "C1" for x in value]
+    both = [names.index(pair[key]) for key in ("first", "second")]
+    colors = [f"C{both[int(x < 0)] % 10}" for x in value]
     axes.barh(y, value, color=colors, alpha=0.6)
     axes.hlines(y, *ends.T, color="0.25")
     axes.axvline(0, color="0.25", linewidth=1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.invert_yaxis()
     name_axis(axes.yaxis, [name for name, _ in rows])
-    short = shorten([first, second], 24)
+    short = shorten([pair["first"], pair["second"]], 24)
     axes.set_xlabel(f"{short[0]} less {short[1]}")
     which = "" if len(rows) == len(pair["per_class"]) else f", the {len(rows)} that differ most"
     axes.set_title(f"Accuracy by true class{which}\n(lines: 95% intervals)", fontsize=11)
@@ -249,16 +252,15 @@ def plot_counts(data: Data) -> Figure:
     C = len(data.classes)
     figure = Figure(figsize=(min(max(6.0, 0.9 * C), 22.5), 4), layout="constrained")
     axes, x = figure.subplots(), np.arange(C)
-    for i, part in enumerate(("train", "val", "test")):
+    parts = [part for part in ("train", "val", "test") if len(getattr(data, part))]
+    for i, part in enumerate(parts):
         split = getattr(data, part)
-        if not len(split):
-            continue
         counts = torch.bincount(split.labels[split.indices], minlength=C).numpy()
         label = f"{part}: {len(split):,}"
         if len(data.classes) > MOST_BARS:
             axes.plot(x, counts, ".", markersize=4, label=label)
         else:
-            bars = axes.bar(x + (i - 1) * 0.28, counts, 0.28, label=label)
+            bars = axes.bar(x + (i - (len(parts) - 1) / 2) * 0.28, counts, 0.28, label=label)
             axes.bar_label(bars, fontsize=7, rotation=90 if C > 5 else 0, padding=2)
     name_axis(axes.xaxis, data.classes, tilt=True)
     axes.set_ylabel("images")

@@ -3,7 +3,7 @@
     python evaluate.py runs/cifar10-cnn/best.pt
     python evaluate.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt --robustness
 
-Prints a table; writes into --out-dir, and to TensorBoard from there:
+Prints a table and what it says; writes into --out-dir, and to TensorBoard from there:
 
     report.html                all of it in one file, which opens anywhere
     metrics.json               the numbers of each checkpoint
@@ -17,23 +17,17 @@ import hashlib
 import io
 import itertools
 import json
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import sklearn
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import charts
-import metrics as m
 import report
 from attribution import METHODS, methods_for
 from batches import CORRUPTIONS, corrupt, shifted
@@ -58,15 +52,20 @@ from data import Data, Split
 from examples import compute_columns, examples_of, plan_columns
 from figures import plot_explanations, with_plain_text
 from logs import markdown
-from metrics import METRICS
+from metrics import METRICS, choose_mistakes, compare_all, fit_temperature, measure, probabilities
 from models import count_multiply_adds, count_parameters
-from prepare import TrainedModel, load_data_for, load_models, other_files
+from prepare import TrainedModel, expand_patterns, load_data_for, load_models, other_files
 from settings import CHANGEABLE
 
 MOST_PAIRS = 3  # of checkpoints that are drawn; and checkpoints whose mistakes are
 
 
 # ---------------------------------------------------------------- numbers
+
+
+def checksum(path: str) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def evaluate(model: TrainedModel, split: Split, val: Split | None, classes: list[str]):
@@ -77,32 +76,33 @@ def evaluate(model: TrainedModel, split: Split, val: Split | None, classes: list
     Raises:
         UserError: a logit is not finite.
     """
+    model.logits(split.subset(torch.arange(min(32, len(split)))), classes)  # the first is slow
     started = time.perf_counter()
     logits = model.logits(split, classes).numpy()
     seconds = time.perf_counter() - started
     labels, history = split.labels[split.indices].cpu().numpy(), model.checkpoint["history"]
     try:
-        metrics = m.measure(logits, labels, classes)
+        metrics = measure(logits, labels, classes)
     except UserError as error:
         raise UserError(f"{model.path}: {error}") from None
-    temperature = None
+    temperature = T = None
     if val is not None:
         val_logits = model.logits(val, classes).numpy()
-        T = m.fit_temperature(val_logits, val.labels[val.indices].numpy())
-        p = m.probabilities(logits / T)
+        T = fit_temperature(val_logits, val.labels[val.indices].numpy())
+    if T is not None:
+        p = probabilities(logits / T)
         scores = {name: float(METRICS[name].compute(p, labels)) for name in ("log_loss", "ece")}
         temperature = {"temperature": T, **scores}
-    content = Path(model.path).read_bytes()
     image = formula_image(model.checkpoint["dataset"]["image_size"])
     device = next(model.network.parameters()).device
-    return metrics | {
+    return {"name": model.name} | metrics | {
         "temperature": temperature,
         "model": model.checkpoint["model_name"],
         "seed": model.checkpoint["settings"].get("seed"),
         "parameters": count_parameters(model.network),
         "multiply_adds": count_multiply_adds(model.network, image.to(device)),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": Path(model.path).stat().st_size,
+        "sha256": checksum(model.path),
         "epochs": len(history),
         "epoch": model.checkpoint["epoch"],
         "step": model.checkpoint["step"],
@@ -116,68 +116,46 @@ def evaluate(model: TrainedModel, split: Split, val: Split | None, classes: list
 
 def measure_robustness(model: TrainedModel, split: Split, classes: list[str]) -> dict:
     """Accuracy on corrupted and shifted images, and of the mean of an image and its mirror."""
-    images, labels = split.rows(slice(None))
-    images = images.to(next(model.network.parameters()).device)
+    device, N = next(model.network.parameters()).device, len(split)
+    total = 1 + 5 * len(CORRUPTIONS) + 1 + 4 * 4
+    bar = tqdm(total=total, desc=f"robustness, {model.name}", leave=False, disable=None)
 
-    def predict(changed):
-        return model.logits(Split.of(changed, labels), classes)
+    def accuracy(versions) -> float:
+        """Of the mean probabilities over what `versions` makes of images uint8 (B, 3, S, S)."""
+        right = 0
+        for part in torch.arange(N).split(500):
+            images, labels = split.rows(part)
+            changed = [Split.of(x, labels) for x in versions(images.to(device))]
+            p = sum(model.logits(x, classes).softmax(1) for x in changed)
+            right += (p.argmax(1) == labels).sum().item()
+        bar.update()
+        return right / N
 
-    def accuracy(changed):
-        return (predict(changed).argmax(1) == labels).double().mean().item()
-
-    total = 5 * len(CORRUPTIONS) + 5 + 1
-    with tqdm(total=total, desc=f"robustness, {model.name}", leave=False, disable=None) as bar:
-
-        def counted(value):
-            bar.update()
-            return value
-
-        both = (predict(x).softmax(1) for x in (images, images.flip(3)))
-        mirrored = (sum(both).argmax(1) == labels).double().mean().item()
-        found = {
-            kind: [counted(accuracy(corrupt(images, kind, severity))) for severity in range(1, 6)]
-            for kind in CORRUPTIONS
-        }
-        shifts = [
-            counted(statistics.fmean(map(accuracy, shifted(images, pixels)))) for pixels in range(5)
+    found = {"images": N, "flip_averaged": accuracy(lambda x: (x, x.flip(3))), "corruptions": {}}
+    for kind in CORRUPTIONS:
+        found["corruptions"][kind] = [
+            accuracy(lambda x, kind=kind, severity=severity: [corrupt(x, kind, severity)])
+            for severity in range(1, 6)
         ]
-    return {
-        "images": len(labels),
-        "clean": shifts[0],
-        "flip_averaged": mirrored,
-        "corruptions": found,
-        "corruption_mean": statistics.fmean(itertools.chain(*found.values())),
-        "shifts": shifts,
-    }
+    found["shifts"] = [
+        statistics.fmean(
+            accuracy(lambda x, n=n, i=i: [shifted(x, n)[i]]) for i in range(4 if n else 1)
+        )
+        for n in range(5)
+    ]
+    bar.close()
+    found["clean"] = found["shifts"][0]
+    found["corruption_mean"] = statistics.fmean(itertools.chain(*found["corruptions"].values()))
+    return found
 
 
 def recipe(model: TrainedModel) -> str:
     """What two trainings share that differ in the seed alone; of unknown settings, the file."""
-    settings = model.checkpoint["settings"]
-    same = {k: v for k, v in settings.items() if k not in {*CHANGEABLE, "seed", "run_id"}}
-    return json.dumps([model.checkpoint["model_name"], same or model.path], sort_keys=True)
-
-
-def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
-    """Where the numbers come from. trained_on: the data set of the checkpoints."""
-    versions = {"torch": torch.__version__, "scikit-learn": sklearn.__version__,
-                "python": platform.python_version()}  # fmt: skip
-    hardware = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-    hardware += torch.backends.cpu.get_cpu_capability()
-    if use_device(args).type == "cuda":
-        hardware = torch.cuda.get_device_name()
-    return {
-        "command": "python evaluate.py "
-        + printable(shlex.join(sys.argv[1:] if argv is None else argv)),
-        "data": data.name,
-        "data_dir": printable(args.data_dir or trained_on["data_dir"]),
-        "split": args.split,
-        "images": len(split),
-        "classes": data.classes,
-        "note": data.note,
-        "versions": versions,
-        "hardware": hardware,
-    }
+    c = model.checkpoint
+    same = {k: v for k, v in c["settings"].items() if k not in {*CHANGEABLE, "seed", "run_id"}}
+    images = {k: v for k, v in c["dataset"].items() if k != "data_dir"}
+    shared = [c["model_name"], c["model_config"], c["classes"], images, same or model.path]
+    return json.dumps(shared, sort_keys=True)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -233,7 +211,9 @@ def write_files(out_dir: Path, files: dict[str, str | bytes]) -> None:
             (out_dir / name).write_bytes(data)
 
 
-def write_curves(out_dir: Path, pictures: dict, metrics: dict[str, dict], reports: list) -> None:
+def write_tensorboard(
+    out_dir: Path, pictures: dict, metrics: dict[str, dict], reports: list
+) -> None:
     """The same figures and numbers for TensorBoard."""
     with writing(out_dir):
         for old in out_dir.glob("events.out.*.evaluation"):
@@ -267,14 +247,16 @@ def draw(
     figures = {}
     for number, pair in enumerate(compared["pairs"][:MOST_PAIRS], 1):
         name = "difference" if len(compared["pairs"]) == 1 else f"difference-{number}"
-        figures[name] = charts.plot_difference(pair, pair["first"], pair["second"], classes)
+        figures[name] = charts.plot_difference(pair, list(metrics), classes)
     figures["confusion_matrix"] = charts.plot_confusion(metrics, classes)
     figures["confidence"] = charts.plot_confidence(metrics)
-    for kind, rows in m.choose_mistakes(p[:MOST_PAIRS], labels).items():
+    compared["shown"] = {}
+    for kind, rows in choose_mistakes(p[:MOST_PAIRS], labels).items():
         figures[kind] = draw_explained(models, split, rows, classes)
+        compared["shown"][kind] = report.image_names(split, rows.tolist())
     if "robustness" in next(iter(metrics.values())):
         figures["robustness"] = charts.plot_robustness(metrics)
-    epochs = {model.name: model.checkpoint["epoch"] for model in models}
+    epochs = {model.name: model.checkpoint["best"]["epoch"] for model in models}
     histories = {model.name: model.checkpoint["history"] for model in models}
     figures["learning_curves"] = charts.plot_curves(histories, epochs)
     figures["class_examples"] = charts.plot_examples(split, classes)
@@ -301,18 +283,28 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def default_out_dir(models: list[TrainedModel], args) -> Path:
-    """runs/evaluation/<checkpoints>, and what data were typed."""
-    typed = [args.dataset, args.data_dir and args.data_dir.name, args.split == "val" and "val"]
-    stem = "_".join(["+".join(model.name for model in models), *filter(None, typed)])
-    return Path("runs/evaluation") / file_name(stem, "")
+def default_out_dir(args) -> Path:
+    """In runs/evaluation, named after the checkpoints and what else was typed."""
+
+    def short(path) -> str:  # runs/a/best.pt -> a, pretrained/cnn.pt -> pretrained-cnn
+        path = Path(path).resolve() if ".." in Path(path).parts else Path(path)
+        parts = [part for part in path.with_suffix("").parts if part != path.anchor]
+        parts = parts[parts[0] == "runs" and len(parts) > 1 :]
+        return "-".join(parts[:-1] if len(parts) > 1 and parts[-1] == "best" else parts)
+
+    words = ["+".join(map(short, expand_patterns(args.checkpoints))), args.dataset]
+    words += [args.data_dir and short(args.data_dir), args.split == "val" and "val"]
+    words += [args.robustness and "robustness"]
+    return Path("runs/evaluation") / file_name("_".join(filter(None, words)), "")
 
 
 def refuse_copies(models: list[TrainedModel]) -> None:
     """Raise UserError if two files are the same checkpoint."""
-    for one, other in itertools.combinations(models, 2):
-        if Path(one.path).read_bytes() == Path(other.path).read_bytes():
-            raise UserError(f"{other.path} is a copy of {one.path}: name one of them")
+    seen = {}
+    for model in models:
+        first = seen.setdefault(checksum(model.path), model.path)
+        if first != model.path:
+            raise UserError(f"{model.path} is a copy of {first}: name one of them")
 
 
 def own_validation(model: TrainedModel, data: Data, args) -> Split | None:
@@ -331,7 +323,7 @@ def main(argv=None):
     models = load_models(args.checkpoints, use_device(args))
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
     refuse_copies(models)
-    args.out_dir = args.out_dir or default_out_dir(models, args)
+    args.out_dir = args.out_dir or default_out_dir(args)
     make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None)
 
     # 2. Gather.
@@ -356,10 +348,10 @@ def main(argv=None):
             some = split.subset(order[: args.robustness_images])
             row["robustness"] = measure_robustness(model, some, data.classes)
         metrics[model.name] = {"split": args.split} | row
-        p.append(m.probabilities(logits))
+        p.append(probabilities(logits))
     recipes = [recipe(model) for model in models]
-    compared = m.compare_all(metrics, recipes, p, labels, data.classes)
-    compared["about"] = describe(args, argv, data, split, models[0].checkpoint["dataset"])
+    compared = compare_all(metrics, recipes, p, labels, data.classes)
+    compared["about"] = report.describe(args, argv, data, split, models[0].checkpoint["dataset"])
 
     # 4. Draw.
     figures = draw(models, metrics, compared, p, data, split)
@@ -372,8 +364,8 @@ def main(argv=None):
     ]
     by_path = {model.path: metrics[model.name] for model in models}
     files = {
-        "metrics.json": json.dumps(by_path, indent=2) + "\n",
-        "comparison.json": json.dumps(compared, indent=2) + "\n",
+        "metrics.json": json.dumps(by_path, indent=2, allow_nan=False) + "\n",
+        "comparison.json": json.dumps(compared, indent=2, allow_nan=False) + "\n",
         "predictions.csv": report.predictions_csv(list(metrics), p, split, data.classes),
         "classification_report.txt": "\n\n".join(reports) + "\n",
         **{f"{name}.png": picture for name, picture in pictures.items()},
@@ -381,7 +373,8 @@ def main(argv=None):
     }
     write_files(args.out_dir, files)
     print_table(metrics)
-    write_curves(args.out_dir, pictures, metrics, reports)
+    print("", *report.summary(metrics, compared), "", sep="\n")
+    write_tensorboard(args.out_dir, pictures, metrics, reports)
     print(f"written to {args.out_dir}: {', '.join(files)}")
 
 

@@ -18,6 +18,7 @@ import distributed
 from batches import epoch_seed
 from checkpoint import formula_image
 from cli import printable, writing
+from models import forward_written_out
 from settings import CHANGEABLE
 
 COLUMNS = (  # heading, key of the row, format: all as wide as the heading
@@ -161,11 +162,7 @@ def layer_table(network: nn.Module, image_size: int) -> str:
             )
             layer.register_forward_hook(functools.partial(note, name=name))
     with torch.no_grad(), counter:
-        if hasattr(copied, "forward_features"):  # with attention written out, so that it counts
-            features, _ = copied.forward_features(image, return_intermediates=True)
-            output = copied.forward_head(features)
-        else:
-            output = copied(image)
+        output = forward_written_out(copied, image)
     row("**all**", copied, output, counter.get_total_flops())
     return markdown(["layer", "kind", "output", "parameters", "multiply-adds"], rows)
 
@@ -222,7 +219,7 @@ class Pictures:
 
     def class_accuracies(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """The fraction of images that are right, of each of the first MOST_CLASSES with images."""
-        right = logits.argmax(1) == labels
+        right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()
         names = enumerate(self.metadata["classes"][:MOST_CLASSES])
         found = {printable(name): right[labels == i] for i, name in names}
         return {name: x.double().mean().item() for name, x in found.items() if len(x)}

@@ -44,19 +44,15 @@ def reliability(p: np.ndarray, labels: np.ndarray) -> list[dict]:
     The bins have equal width (Guo et al. 2017, arXiv 1706.04599, eq. 1 and 2).
     """
     confidence, right = p.max(1), p.argmax(1) == labels
-    edges = np.linspace(0, 1, BINS + 1)
+    edges, bins = np.linspace(0, 1, BINS + 1), []
     number = np.digitize(confidence, edges[1:-1], right=True)
-    return [
-        {
-            "low": low,
-            "high": high,
-            "images": int(inside.sum()),
-            "confidence": confidence[inside].mean() if inside.any() else None,
-            "accuracy": right[inside].mean() if inside.any() else None,
-        }
-        for i, (low, high) in enumerate(itertools.pairwise(edges))
-        for inside in [number == i]
-    ]
+    for i, (low, high) in enumerate(itertools.pairwise(edges)):
+        inside = number == i
+        bin = {"low": low, "high": high, "images": int(inside.sum())}
+        for name, values in (("confidence", confidence), ("accuracy", right)):
+            bin[name] = values[inside].mean() if inside.any() else None
+        bins.append(bin)
+    return bins
 
 
 def calibration_error(p: np.ndarray, labels: np.ndarray) -> float:
@@ -94,7 +90,7 @@ METRICS = {
     ),
     "macro_f1": Metric(
         lambda p, labels: f1(p, labels, "macro"), "macro F1", "{:.4f}",
-        "the mean over classes of F1, which is high if precision and recall are",
+        "the mean of F1 over the classes that have images; F1 is high if precision and recall are",
     ),
     "weighted_f1": Metric(
         lambda p, labels: f1(p, labels, "weighted"), "weighted F1", "{:.4f}",
@@ -141,11 +137,9 @@ def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
     p, ids = probabilities(logits), range(len(classes))
     predictions, N = p.argmax(1), len(labels)
     found = {name: float(metric.compute(p, labels)) for name, metric in METRICS.items()}
-    matrix, by_coverage = (
-        confusion_matrix(labels, predictions, labels=ids),
-        accuracy_by_coverage(p, labels),
-    )
-    precision, recall, f1_, support = precision_recall_fscore_support(
+    matrix = confusion_matrix(labels, predictions, labels=ids)
+    by_coverage = accuracy_by_coverage(p, labels)
+    precision, recall, f1_score, support = precision_recall_fscore_support(
         labels, predictions, labels=ids, zero_division=np.nan
     )
     per_class = {
@@ -153,7 +147,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
             "precision": _number(precision[i]),
             "recall": _number(recall[i]),
             "recall_interval": wilson(matrix[i, i], support[i]) if support[i] else None,
-            "f1": _number(f1_[i]) if support[i] else None,
+            "f1": _number(f1_score[i]) if support[i] else None,
             "support": int(support[i]),
         }
         for i, name in enumerate(classes)
@@ -176,14 +170,23 @@ def _number(x: float) -> float | None:
     return None if np.isnan(x) else float(x)
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """T from .05 to 20 with the least log loss of logits / T (Guo et al. 2017, eq. 9)."""
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
+    """T from .05 to 20 with the least log loss of logits / T (Guo et al. 2017, eq. 9).
+
+    None if there is none: all predictions are right, so less is always better, or T is at an end.
+
+    Raises:
+        UserError: a logit is not finite.
+    """
+    if (probabilities(logits).argmax(1) == labels).all():
+        return None
 
     def loss(log_of_t):
         scaled = log_softmax(logits.astype(np.float64) / np.exp(log_of_t), axis=1)
         return -np.take_along_axis(scaled, labels[:, None], 1).mean()
 
-    return float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
+    found = np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)
+    return float(found) if 0.051 < found < 19.9 else None
 
 
 # ---------------------------------------------------------------- intervals and tests
@@ -213,13 +216,25 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Accuracy of a less that of b, and the ends of its 95% bootstrap interval over images.
 
     a, b (N,): whether each image is right. Drawing N images again is drawing how many of them are
-    right in a alone, in b alone, or neither, from a multinomial distribution.
+    right in a alone, in b alone, or neither, from a multinomial distribution. If one of these never
+    occurs, each is counted half an image more: otherwise it could never be drawn.
     """
     N, only_a, only_b = len(a), (a & ~b).sum(), (b & ~a).sum()
-    shares = np.array([only_a, only_b, N - only_a - only_b]) / N
-    draws = np.random.default_rng(0).multinomial(N, shares, DRAWS)
+    counts = np.array([only_a, only_b, N - only_a - only_b], dtype=float)
+    counts += 0.5 * (counts == 0).any()
+    draws = np.random.default_rng(0).multinomial(N, counts / counts.sum(), DRAWS)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / N, [0.025, 0.975])
     return float((only_a - only_b) / N), float(low), float(high)
+
+
+def holm(p_values: dict[str, float], level: float = 0.05) -> set[str]:
+    """The tests that reject, if all together may be wrong once in 1 / level times (Holm 1979)."""
+    rejected = set()
+    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
+        if p_values[name] > level / (len(p_values) - rank):
+            break
+        rejected.add(name)
+    return rejected
 
 
 # ---------------------------------------------------------------- two networks
@@ -236,12 +251,13 @@ def compare(p_a: np.ndarray, p_b: np.ndarray, labels: np.ndarray, classes: list[
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     ids, per_class = range(len(classes)), {}
     for i in np.unique(labels):
-        of = labels == i
-        value, low, high = difference(right_a[of], right_b[of])
+        of_a, of_b = (right[labels == i] for right in (right_a, right_b))
+        value, low, high = difference(of_a, of_b)
         per_class[classes[i]] = {
             "difference": value,
             "interval": [low, high],
-            "images": int(of.sum()),
+            "mcnemar_p": mcnemar((of_a & ~of_b).sum(), (of_b & ~of_a).sum()),
+            "images": len(of_a),
         }
     value, low, high = difference(right_a, right_b)
     matrices = [confusion_matrix(labels, x, labels=ids) for x in (a, b)]
@@ -299,11 +315,11 @@ def compare_all(metrics: dict[str, dict], recipes: list[str], p: list, labels, c
         for a, b in itertools.combinations(names, 2)
         if not any(a in group and b in group for group in repeated)
     ]
-    seeds = [
-        {"checkpoints": group, "mean": np.mean(values), "std": np.std(values, ddof=1)}
-        for group in repeated
-        for values in [[metrics[name]["accuracy"] for name in group]]
-    ]
+    seeds = []
+    for group in repeated:
+        accuracies = [metrics[name]["accuracy"] for name in group]
+        mean, std = np.mean(accuracies), np.std(accuracies, ddof=1)
+        seeds.append({"checkpoints": group, "mean": mean, "std": std})
     ensemble = None
     if len(names) > 1:
         best = max(names, key=lambda name: metrics[name]["accuracy"])
@@ -316,7 +332,8 @@ def compare_all(metrics: dict[str, dict], recipes: list[str], p: list, labels, c
 
 def choose_mistakes(p: list[np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
     """Rows of the most confident mistakes of each network, and where the first two disagree."""
-    rows, most = {"mistakes": [], "disagreements": []}, min(MISTAKES, 10 // len(p))
+    rows = {"mistakes": [], "disagreements": []}
+    most = min(MISTAKES, 10 // len(p))  # 10 images fit into a figure
     right = [x.argmax(1) == labels for x in p]
     for x, good in zip(p, right, strict=True):
         surest = np.argsort(-x.max(1) * ~good, kind="stable")[: min(most, (~good).sum())]

@@ -327,16 +327,21 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def forward_written_out(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """Logits, with attention as two products, which PyTorch's counter of operations knows."""
+    if not hasattr(model, "forward_features"):
+        return model(image)
+    features, _ = model.forward_features(image, return_intermediates=True)
+    return model.forward_head(features)
+
+
 def count_multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
-    """Multiply-adds of a forward pass of one image (1, 3, H, W), attention written out."""
+    """Multiply-adds of a forward pass of one image (1, 3, H, W)."""
     from torch.utils.flop_counter import FlopCounterMode  # takes half a second
 
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        if hasattr(model, "forward_features"):
-            model.forward_head(model.forward_features(image, return_intermediates=True)[0])
-        else:
-            model(image)
+        forward_written_out(model, image)
     return counter.get_total_flops() // 2
 
 

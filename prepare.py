@@ -331,10 +331,12 @@ def load_data_for(
                 f"{split} split has changed: train again, or make train/ and test/"
             )
         if split in data.drawn and trained_on.get("content") not in (None, "", data.content):
-            warn(
+            caveat = (
                 f"{model.name} was trained on other files. If some are among these, its {split} "
                 "accuracy is too high: make train/ and test/"
             )
+            warn(caveat)
+            data.caveats.append(caveat)
     return data
 
 

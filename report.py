@@ -10,16 +10,25 @@ import base64
 import csv
 import io
 import itertools
+import os
+import platform
+import shlex
+import sys
 from pathlib import Path
 
 import jinja2
 import numpy as np
+import scipy
+import sklearn
+import torch
+import torchvision
 from PIL import Image
 from sklearn.metrics import classification_report
 
 from cli import printable, quoted
-from data import Split
-from metrics import BINS, METRICS, confused_pairs
+from data import Data, Split
+from figures import MOST_BARS
+from metrics import BINS, METRICS, confused_pairs, holm
 
 MOST_BYTES = 2_100_000  # of pictures; in base64 these are 2.8 MB
 
@@ -32,6 +41,11 @@ def percent(x: float, digits: int = 1) -> str:
 def points(x: float) -> str:
     """A difference of two fractions, in points without a sign, as 1.2."""
     return f"{100 * abs(x):.1f}"
+
+
+def signed(x: float, digits: int = 1) -> str:
+    """A difference of two fractions, in points with a sign, as +1.2 or −1.2."""
+    return f"{100 * x:+.{digits}f}".replace("-", "−")
 
 
 def p_value(p: float) -> str:
@@ -48,7 +62,7 @@ def listed(items: list[str]) -> str:
 
 
 def summary(metrics: dict[str, dict], compared: dict) -> list[str]:
-    """At most ten sentences that follow from the numbers, the most important first."""
+    """At most ten lines that follow from the numbers, the most important first."""
     ranked = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])
     pair = min(
         compared["pairs"],
@@ -56,72 +70,76 @@ def summary(metrics: dict[str, dict], compared: dict) -> list[str]:
         default=None,
     )
     names = [x for x in ranked if not pair or x in (pair["first"], pair["second"])][:2]
-    lines = [_accuracies(metrics, names, compared["about"])]
-    lines += [
-        f"{listed(group['checkpoints'])} are trainings of one recipe: "
-        f"{percent(group['mean'], 2)} ± {percent(group['std'], 2)} (mean and standard deviation)."
-        for group in compared["recipes"][:2]
-    ]
+    rows = {name: metrics[name] for name in names}
+    lines = [_accuracies(rows, compared["about"])]
+    if compared["recipes"]:
+        lines.append(_seeds(compared["recipes"]))
     if pair:
-        lines += [*_better(pair), _classes(pair), _shared(pair)]
+        lines += [_better(pair, compared["recipes"]), _classes(pair), _shared(pair)]
     if compared["ensemble"]:
-        lines.append(_ensemble(compared["ensemble"], metrics))
-    lines += [_confusions(metrics, names, compared["about"]["classes"])]
-    lines += [_confidence(metrics, names), _coverage(metrics, names)]
-    if all("robustness" in metrics[name] for name in names):
-        lines.append(_robustness(metrics, names))
-    lines.append(_size(metrics, names))
-    return [line for line in lines if line][:10]
+        lines.append(_ensemble(compared["ensemble"], len(metrics)))
+    lines += [_confusions(rows, compared["about"]["classes"]), _confidence(rows)]
+    if all("robustness" in row for row in rows.values()):
+        lines.append(_robustness(rows))
+    return [*lines, _size(rows)]
 
 
-def _accuracies(metrics, names, about) -> str:
+def _accuracies(rows, about) -> str:
+    parts = []
+    for name, row in rows.items():
+        low, high = map(percent, row["accuracy_interval"])
+        parts.append(f"{name} gets {percent(row['accuracy'])} right (95%: {low} to {high})")
+    which = {"val": "validation"}.get(about["split"], about["split"])
+    return f"Of {about['images']:,} {which} images {listed(parts)}."
+
+
+def _seeds(recipes) -> str:
     parts = [
-        f"{name} gets {percent(metrics[name]['accuracy'])} right (95%: "
-        f"{percent(metrics[name]['accuracy_interval'][0])} to "
-        f"{percent(metrics[name]['accuracy_interval'][1])})"
-        for name in names
+        f"{listed(group['checkpoints'])}: {percent(group['mean'], 2)} ± {percent(group['std'], 2)}"
+        for group in recipes
     ]
-    return f"Of {about['images']:,} {about['split']} images {listed(parts)}."
+    return (
+        f"Trainings that differ in the seed alone, mean ± standard deviation: {'; '.join(parts)}."
+    )
 
 
-def _better(pair) -> list[str]:
+def _better(pair, recipes) -> str:
     first, second, value = pair["first"], pair["second"], pair["difference"]
-    low, high = sorted(abs(x) for x in pair["interval"])
-    if pair["mcnemar_p"] >= 0.05 or pair["interval"][0] <= 0 <= pair["interval"][1]:
-        ends = " to ".join(f"{100 * x:+.1f}" for x in pair["interval"]).replace("-", "−")
-        return [
-            f"No difference is shown: {first} less {second} is {100 * value:+.1f} points "
-            f"(95%: {ends}; McNemar's test: {p_value(pair['mcnemar_p'])}).".replace("-", "−")
-        ]
+    low, high = pair["interval"]
+    test = f"McNemar's test: {p_value(pair['mcnemar_p'])}"
+    if pair["mcnemar_p"] >= 0.05 or low <= 0 <= high:
+        return (
+            f"No difference is shown: {first} less {second} is {signed(value)} points "
+            f"(95%: {signed(low)} to {signed(high)}; {test})."
+        )
     better, worse = (first, second) if value > 0 else (second, first)
-    return [
+    low, high = sorted(abs(x) for x in (low, high))
+    seeded = [x for group in recipes for x in group["checkpoints"]]
+    tell = (
+        "the means over seeds say more about"
+        if {first, second} <= {*seeded}
+        else ("only trainings with several seeds can tell about")
+    )
+    return (
         f"{better} is better than {worse} by {points(value)} points (95%: {points(low)} to "
-        f"{points(high)}; McNemar's test: {p_value(pair['mcnemar_p'])}).",
-        "So these two checkpoints differ by more than luck in the choice of images. Whether their "
-        "recipes do, only trainings with several seeds can tell.",
-    ]
+        f"{points(high)}; {test}). So these two checkpoints differ by more than the luck of which "
+        f"images were drawn; {tell} their recipes."
+    )
 
 
 def _classes(pair) -> str:
-    """Where the difference is largest, among classes whose interval leaves out 0."""
-    rows = {
-        name: row["difference"]
-        for name, row in pair["per_class"].items()
-        if row["interval"][0] > 0 or row["interval"][1] < 0
-    }
+    """Where the difference is largest, among classes that pass a test made for many classes."""
+    rows = pair["per_class"]
+    differ = holm({name: row["mcnemar_p"] for name, row in rows.items()})
     parts = []
     for model, sign in ((pair["first"], 1), (pair["second"], -1)):
-        ahead = sorted(
-            (name for name in rows if sign * rows[name] > 0), key=lambda n: -sign * rows[n]
-        )
-        if ahead:
-            where = listed([f"{name} ({points(rows[name])} points)" for name in ahead[:3]])
-            parts.append(f"{model} is ahead most on {where}")
-    if not parts:
-        return "No single class shows a difference."
-    return f"By class, {'; '.join(parts)}." + (
-        "" if len(parts) == 2 else " The other is ahead on no class beyond its interval."
-    )
+        ahead = [name for name in differ if sign * rows[name]["difference"] > 0]
+        ahead.sort(key=lambda name: (-abs(rows[name]["difference"]), name))
+        where = [f"{name} ({points(rows[name]['difference'])} points)" for name in ahead[:3]]
+        parts.append(f"{model} is clearly ahead on {listed(where) or 'none'}")
+    if not differ:
+        return "By class, no difference is more than chance (McNemar's test, Holm's correction)."
+    return f"By class, {'; '.join(parts)} (the largest; McNemar's test, Holm's correction)."
 
 
 def _shared(pair) -> str:
@@ -129,34 +147,34 @@ def _shared(pair) -> str:
     both, first, second, neither = (percent(n / N) for n in pair["right"].values())
     return (
         f"Both are right on {both} of the images, {pair['first']} alone on {first}, "
-        f"{pair['second']} alone on {second}, none on {neither}. They give the same answer on "
+        f"{pair['second']} alone on {second}, neither on {neither}. They give the same answer on "
         f"{percent(pair['agreement'])}."
     )
 
 
-def _ensemble(ensemble, metrics) -> str:
-    low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in ensemble["interval"])
-    change = f"{100 * ensemble['difference']:+.1f}".replace("-", "−")
+def _ensemble(ensemble, count) -> str:
+    low, high = map(signed, ensemble["interval"])
     return (
-        f"The mean of the {len(metrics)} networks' probabilities gets "
-        f"{percent(ensemble['accuracy'])} right, {change} points (95%: {low} to {high}) from "
-        f"{ensemble['best']} alone."
+        f"The mean of the {count} networks' probabilities gets {percent(ensemble['accuracy'])} "
+        f"right, {signed(ensemble['difference'])} points (95%: {low} to {high}) from the best of "
+        f"them on these images, {ensemble['best']}."
     )
 
 
-def _confusions(metrics, names, classes) -> str:
+def _confusions(rows, classes) -> str:
     parts = []
-    for name in names:
-        if pairs := confused_pairs(metrics[name]["confusion_matrix"], classes, 1):
-            one, two = pairs[0]["classes"]
-            parts.append(f"{name} confuses {one} and {two} most ({sum(pairs[0]['images'])} images)")
+    for name, row in rows.items():
+        if pairs := confused_pairs(row["confusion_matrix"], classes):
+            most = sum(pairs[0]["images"])
+            same = [x["classes"] for x in pairs if sum(x["images"]) == most]
+            tie = f" (and {len(same) - 1} more pairs)" * (len(same) > 1)
+            parts.append(f"{name} confuses {listed(same[0])} most{tie}: {most} times")
     return f"{'; '.join(parts)}." if parts else "There is no mistake."
 
 
-def _confidence(metrics, names) -> str:
-    parts = []
-    for name in names:
-        row = metrics[name]
+def _confidence(rows) -> str:
+    parts, sure = [], []
+    for name, row in rows.items():
         mean = sum(b["images"] * b["confidence"] for b in row["reliability"] if b["images"])
         gap = mean / row["images"] - row["accuracy"]
         how = "too sure" if gap > 0 else "not sure enough"
@@ -164,28 +182,28 @@ def _confidence(metrics, names) -> str:
         if row["temperature"]:
             text += f"; {percent(row['temperature']['ece'])} with a fitted temperature"
         parts.append(text + ")")
-    return f"Confidence: {listed(parts)}."
+        sure.append(f"{name} on {percent(row['coverage']['80%'])}")
+    return f"{listed(parts)}. Of the 80% of images that it is surest of, right is {listed(sure)}."
 
 
-def _coverage(metrics, names) -> str:
-    parts = [f"{name} {percent(metrics[name]['coverage']['80%'])}" for name in names]
-    return f"Of the 80% of images with the highest confidence, right are: {listed(parts)}."
+def _robustness(rows) -> str:
+    parts, first = [], next(iter(rows.values()))["robustness"]
+    for name, row in rows.items():
+        found = row["robustness"]
+        parts.append(
+            f"{name} {percent(found['corruption_mean'])} (unchanged: {percent(found['clean'])})"
+        )
+    return (
+        f"On {first['images']:,} of the images, corrupted (mean of six kinds and five severities), "
+        f"right are: {listed(parts)}."
+    )
 
 
-def _robustness(metrics, names) -> str:
+def _size(rows) -> str:
     parts = [
-        f"{name} falls from {percent(metrics[name]['robustness']['clean'])} to "
-        f"{percent(metrics[name]['robustness']['corruption_mean'])}"
-        for name in names
-    ]
-    return f"On corrupted images (mean of six kinds and five severities) {listed(parts)}."
-
-
-def _size(metrics, names) -> str:
-    parts = [
-        f"{name} has {metrics[name]['parameters']:,} parameters and "
-        f"{metrics[name]['multiply_adds'] / 1e6:.0f} million multiply-adds per image"
-        for name in names
+        f"{name} has {row['parameters']:,} parameters and {row['multiply_adds'] / 1e6:.0f} million "
+        "multiply-adds per image"
+        for name, row in rows.items()
     ]
     return f"{listed(parts)}."
 
@@ -204,27 +222,61 @@ def text_report(p: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
     return text + (f"\nno images of {quoted(missing)}\n" if missing else "")
 
 
+def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
+    """Where the numbers come from. trained_on: the data set of the checkpoints."""
+    packages = (torch, torchvision, np, scipy, sklearn)
+    versions = {"python": platform.python_version()}
+    versions |= {package.__name__: package.__version__ for package in packages}
+    caveats = list(data.caveats)
+    if args.split == "val":
+        caveats.append("these images chose the epoch, so the accuracy on them is a little too high")
+    hardware = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+    hardware += torch.backends.cpu.get_cpu_capability()
+    if args.device != "cpu" and torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    return {
+        "command": "python evaluate.py "
+        + printable(shlex.join(sys.argv[1:] if argv is None else argv)),
+        "data": data.name,
+        "data_dir": printable(args.data_dir or trained_on["data_dir"]),
+        "split": args.split,
+        "images": len(split),
+        "classes": data.classes,
+        "note": data.note,
+        "caveats": [printable(caveat) for caveat in caveats],
+        "versions": versions,
+        "hardware": hardware,
+    }
+
+
+def image_names(split: Split, rows) -> list[str]:
+    """The files of the images at `rows` of a split, or their numbers in the data set."""
+    numbers = split.indices[rows].tolist()
+    return [printable(split.files[i]) if split.files else str(i) for i in numbers]
+
+
 def predictions_csv(names: list[str], p: list[np.ndarray], split: Split, classes: list[str]) -> str:
-    """A row per image: file or position, true class, each network's class and probability."""
+    """A row per image: file or number, true class, each network's class and probability."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [[f"{name}: predicted", f"{name}: probability"] for name in names]
     writer.writerow(["image", "true", *itertools.chain(*columns)])
-    images = [split.files[i] for i in split.indices] if split.files else range(len(split))
+    images = image_names(split, slice(None))
     answers = [(x.argmax(1).tolist(), x.max(1).tolist()) for x in p]
     for i, (image, label) in enumerate(zip(images, split.labels[split.indices], strict=True)):
         found = [[classes[guess[i]], f"{surety[i]:.6f}"] for guess, surety in answers]
-        writer.writerow([printable(image), classes[label], *itertools.chain(*found)])
+        writer.writerow([image, classes[label], *itertools.chain(*found)])
     return text.getvalue()
 
 
 # ---------------------------------------------------------------- the page
 
 
-def with_few_colors(png: bytes) -> bytes:
-    """The picture in 256 colours, about a third of the size."""
-    file = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+def smaller(png: bytes, scale: float = 1.0) -> bytes:
+    """The picture in 256 colours, about a third of the bytes, and its sides times `scale`."""
+    picture, file = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    size = [max(1, round(scale * side)) for side in picture.size]
+    picture.resize(size, Image.Resampling.LANCZOS).quantize(256).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
@@ -236,13 +288,15 @@ def render(metrics: dict[str, dict], compared: dict, pictures: dict[str, bytes])
         compared: what comparison.json holds.
         pictures: PNG files by name.
     """
-    if sum(map(len, pictures.values())) > MOST_BYTES:
-        pictures = {name: with_few_colors(png) for name, png in pictures.items()}
+    scale = 1.0
+    while sum(map(len, pictures.values())) > MOST_BYTES:
+        pictures = {name: smaller(png, scale) for name, png in pictures.items()}
+        scale = 0.7
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "points": points, "p_value": p_value}
+    environment.filters |= {"percent": percent, "signed": signed, "listed": listed}
     classes = compared["about"]["classes"]
     pairs = {
         name: confused_pairs(row["confusion_matrix"], classes) for name, row in metrics.items()
@@ -255,5 +309,6 @@ def render(metrics: dict[str, dict], compared: dict, pictures: dict[str, bytes])
         scores=METRICS,
         bins=BINS,
         pairs=pairs,
+        few=len(classes) <= MOST_BARS,
         pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
     )

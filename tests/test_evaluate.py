@@ -1,9 +1,11 @@
+import copy
 import html.parser
 import io
 import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import report
 import train_cnn
 from data import load_data
 from metrics import measure
+from prepare import load_models
 
 
 def test_metrics_worked_out_by_hand():
@@ -137,13 +140,15 @@ def test_the_report_is_one_file_that_loads_nothing(results):
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) == len(list(results.glob("*.png")))
     for picture in pictures:
-        assert picture["src"].startswith("data:image/png;base64,") and len(picture["alt"]) > 20
+        assert picture["src"].startswith("data:image/png;base64,") and len(picture["alt"]) > 10
     assert all(a.get("scope") in ("row", "col") for tag, a in page.tags if tag == "th")
     assert names.count("h1") == 1 and names.count("caption") == names.count("table")
     summary = text[text.index("<ul>") : text.index("</ul>")]
     metrics = json.loads((results / "metrics.json").read_text())
     accuracy = max(row["accuracy"] for row in metrics.values())
     assert 5 <= summary.count("<li>") <= 10 and f"{accuracy:.1%}" in summary
+    shown = json.loads((results / "comparison.json").read_text())["shown"]
+    assert ", ".join(shown["mistakes"]) in text and len(shown["disagreements"]) > 3
     assert all(row["sha256"] in text for row in metrics.values())
 
 
@@ -156,32 +161,43 @@ def test_names_are_escaped_in_the_report(results):
                                 named[evil]["per_class"].items()}  # fmt: skip
     compared |= {"pairs": [], "ensemble": None}
     compared["about"]["classes"][3] = compared["about"]["note"] = evil
+    compared["about"]["caveats"] = compared["shown"]["mistakes"] = [evil]
     page = report.render(named, compared, {})
     assert "<script" not in page and page.count("&lt;script&gt;") > 4
 
 
 def a_pair(difference, low, high, p):
+    row = {"difference": difference, "interval": [low, high], "mcnemar_p": p, "images": 9}
     return {
-        "first": "a", "second": "b", "difference": difference, "interval": [low, high],
-        "mcnemar_p": p,
-        "per_class": {"x": {"difference": difference, "interval": [low, high], "images": 9}},
-        "right": {"both": 5, "first": 2, "second": 2, "neither": 1}, "agreement": 0.5,
+        "first": "d-cnn", "second": "d-vit", **row, "per_class": {"x": row}, "agreement": 0.5,
+        "right": {"both": 5, "first": 2, "second": 2, "neither": 1},
     }  # fmt: skip
 
 
 def test_the_words_follow_from_the_numbers():
-    better = report._better(a_pair(-0.089, -0.097, -0.081, 1e-9))
-    assert better[0] == (
-        "b is better than a by 8.9 points (95%: 8.1 to 9.7; McNemar's test: p < 0.0001)."
+    better = report._better(a_pair(-0.089, -0.097, -0.081, 1e-9), [])
+    assert better.startswith(
+        "d-vit is better than d-cnn by 8.9 points (95%: 8.1 to 9.7; McNemar's test: p < 0.0001)."
     )
-    (same,) = report._better(a_pair(0.004, -0.002, 0.01, 0.2))
-    assert same == (
-        "No difference is shown: a less b is +0.4 points (95%: −0.2 to +1.0; McNemar's test: "
-        "p = 0.2)."
+    assert "only trainings with several seeds can tell" in better
+    seeds = [{"checkpoints": ["d-cnn", "c2"]}, {"checkpoints": ["d-vit", "v2"]}]
+    assert "the means over seeds" in report._better(a_pair(-0.089, -0.097, -0.081, 1e-9), seeds)
+    assert report._better(a_pair(-0.004, -0.01, 0.002, 0.2), []) == (
+        "No difference is shown: d-cnn less d-vit is −0.4 points (95%: −1.0 to +0.2; "
+        "McNemar's test: p = 0.2)."
     )
-    assert "a is ahead most on x (5.0 points)" in report._classes(a_pair(0.05, 0.01, 0.1, 0.01))
-    assert report._classes(a_pair(0.05, -0.01, 0.1, 0.1)) == "No single class shows a difference."
+    assert "d-cnn is clearly ahead on x (5.0 points)" in report._classes(
+        a_pair(0.05, 0.01, 0.1, 0.01)
+    )
+    many = a_pair(0.05, 0.01, 0.1, 0.01)
+    many["per_class"] = {str(i): many["per_class"]["x"] for i in range(10)}  # 10 × .01 > .05
+    assert "no difference is more than chance" in report._classes(many)
     assert report.listed([]) == "" and report.listed(["a", "b", "c"]) == "a, b and c"
+    rows = {"a": {"confusion_matrix": [[9, 2, 0], [0, 9, 1], [0, 1, 9]]}}
+    assert (
+        report._confusions(rows, list("xyz"))
+        == "a confuses x and y most (and 1 more pairs): 2 times."
+    )
 
 
 def test_of_several_seeds_the_best_is_compared_with_the_other_recipe(results):
@@ -189,7 +205,9 @@ def test_of_several_seeds_the_best_is_compared_with_the_other_recipe(results):
     about = json.loads((results / "comparison.json").read_text())["about"]
     metrics = {name: row | {"accuracy": x} for name, x in (("a", 0.8), ("c", 0.9), ("b", 0.7))}
     seeds = {"checkpoints": ["a", "c"], "mean": 0.85, "std": 0.07}
-    pairs = [a_pair(0.1, 0.05, 0.15, 0.01), a_pair(0.2, 0.15, 0.25, 0.01) | {"first": "c"}]
+    pairs = [a_pair(0.1, 0.05, 0.15, 0.01), a_pair(0.2, 0.15, 0.25, 0.01)]
+    for pair, first in zip(pairs, "ac", strict=True):
+        pair |= {"first": first, "second": "b"}
     compared = {"pairs": pairs, "recipes": [seeds], "ensemble": None, "about": about}
     lines = report.summary(metrics, compared)
     assert lines[0].startswith("Of 360 test images c gets 90.0% right")
@@ -198,7 +216,7 @@ def test_of_several_seeds_the_best_is_compared_with_the_other_recipe(results):
 
 def test_pictures_of_a_large_report_are_made_smaller(results):
     png = (results / "mistakes.png").read_bytes()
-    small = report.with_few_colors(png)
+    small = report.smaller(png)
     assert len(small) < 0.6 * len(png)
     pixels = [np.asarray(Image.open(io.BytesIO(x)).convert("RGB"), float) for x in (png, small)]
     assert abs(pixels[0] - pixels[1]).mean() < 4
@@ -207,13 +225,36 @@ def test_pictures_of_a_large_report_are_made_smaller(results):
 def test_two_evaluations_write_the_same_numbers(trained, tmp_path, monkeypatch):
     """Byte for byte, but for times. Without --out-dir the folder has the checkpoint's name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "write_curves", lambda *_: None)  # it takes seconds
+    monkeypatch.setattr(evaluate, "write_tensorboard", lambda *_: None)  # it takes seconds
+    shutil.copytree(trained["cnn"].parent, "runs/digits-cnn")
     texts = []
     for _ in range(2):
-        evaluate.main([str(trained["cnn"])])
+        evaluate.main(["runs/digits-cnn/best.pt"])
         text = (tmp_path / "runs/evaluation/digits-cnn/metrics.json").read_text()
         texts.append(re.sub(r'("evaluation_seconds"|"images_per_second"): [\d.]+', "", text))
     assert texts[0] == texts[1] and len(texts[0]) > 5000
+
+
+def test_each_evaluation_has_its_own_folder():
+    def folder(*argv):
+        return evaluate.default_out_dir(evaluate.parse_arguments(list(argv))).name
+
+    assert folder("runs/a/best.pt", "runs/b/last.pt") == "a+b-last"
+    assert folder("pretrained/cnn.pt", "--data-dir", "x/photos") == "pretrained-cnn_x-photos"
+    assert folder("a.pt", "--split", "val", "--robustness") == "a_val_robustness"
+    here = Path.cwd()
+    assert folder("../best.pt") == "-".join(here.parent.parts[1:]) or folder("../best.pt") == "best"
+
+
+def test_trainings_on_other_images_are_no_seeds_of_one_recipe(trained):
+    (model,) = load_models([str(trained["cnn"])], torch.device("cpu"))
+    other = copy.deepcopy(model)
+    other.checkpoint["settings"] |= {"seed": 5, "out_dir": "elsewhere"}
+    assert evaluate.recipe(model) == evaluate.recipe(other)
+    other.checkpoint["dataset"]["data_dir"] = "moved"
+    assert evaluate.recipe(model) == evaluate.recipe(other)
+    other.checkpoint["dataset"]["content"] = "changed"
+    assert evaluate.recipe(model) != evaluate.recipe(other)
 
 
 def test_a_checkpoint_given_twice_is_refused(trained, tmp_path, fails):

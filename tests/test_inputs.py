@@ -439,12 +439,13 @@ def test_figures_of_many_classes_are_bounded():
     found = data.Data("folder", split, split, split, classes, (0.5,) * 3, (0.5,) * 3)
     metrics = measure(np.eye(C)[labels.roll(1)], labels.numpy(), classes)
     p = [np.eye(C)[labels.roll(shift)] for shift in (0, 1)]
+    pair = {"first": "a", "second": "b", **compare(*p, labels.numpy(), classes)}
     metrics["robustness"] = {
         "images": 9, "clean": 0.5, "corruptions": {kind: [0.5] * 5 for kind in CORRUPTIONS},
         "shifts": [0.5] * 5,
     }  # fmt: skip
     for figure in (
-        charts.plot_difference(compare(*p, labels.numpy(), classes), "a", "b", classes),
+        charts.plot_difference(pair, ["a", "b"], classes),
         charts.plot_confidence(dict.fromkeys(map(str, range(40)), metrics)),
         charts.plot_robustness(dict.fromkeys(map(str, range(40)), metrics)),
         charts.plot_confusion(dict.fromkeys(map(str, range(40)), metrics), classes),
@@ -577,7 +578,7 @@ def test_checkpoints_that_a_figure_does_not_show_are_counted(
     trained, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(charts, "MOST_MATRICES", 1)
-    monkeypatch.setattr(evaluate, "write_curves", lambda *_: None)  # it takes seconds
+    monkeypatch.setattr(evaluate, "write_tensorboard", lambda *_: None)  # it takes seconds
     evaluate.main([*map(str, trained.values()), "--out-dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert "confusion_matrix.png shows the first 1 of 2 checkpoints" in out

@@ -108,6 +108,14 @@ def test_temperature_has_the_least_log_loss():
         assert grid[np.argmin(losses)] == pytest.approx(T, rel=0.01)
 
 
+def test_there_is_no_temperature_without_a_mistake_or_without_an_answer():
+    labels = np.arange(50) % 5
+    assert metrics.fit_temperature(4 * np.eye(5)[labels], labels) is None
+    assert metrics.fit_temperature(np.zeros((50, 5)), labels) is None
+    with pytest.raises(UserError, match="not finite"):
+        metrics.fit_temperature(np.full((50, 5), np.nan), labels)
+
+
 def test_logits_that_are_not_finite_are_refused():
     logits = np.zeros((3, 5))
     logits[1, 2] = np.nan
@@ -127,9 +135,17 @@ def test_intervals_and_mcnemars_test():
     ).confidence_interval  # fmt: skip
     assert value == pytest.approx(a.mean() - b.mean())
     assert (low, high) == pytest.approx(tuple(theirs), abs=0.003)
-    assert metrics.difference(a, a) == (0, 0, 0)
+    value, low, high = metrics.difference(a, a)  # it may be luck that they never differ
+    assert value == 0 and -0.01 < low < 0 < high < 0.01
+    value, low, high = metrics.difference(np.array([True]), np.array([False]))
+    assert value == 1 and low < 0
     assert metrics.mcnemar(0, 0) == 1
     statsmodels = pytest.importorskip("statsmodels.stats.contingency_tables")
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    for _ in range(20):
+        p = dict(zip("abcdefgh", rng.random(8) ** 4, strict=True))
+        rejected, *_ = multitest.multipletests(list(p.values()), method="holm")
+        assert metrics.holm(p) == {name for name, no in zip(p, rejected, strict=True) if no}
     for only_a, only_b in ((0, 1), (3, 12), (40, 25), (0, 30), (7, 7)):
         theirs = statsmodels.mcnemar([[90, only_a], [only_b, 5]], exact=True).pvalue
         assert metrics.mcnemar(only_a, only_b) == pytest.approx(min(1, theirs))
