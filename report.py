@@ -136,10 +136,10 @@ def _classes(pair) -> str:
         ahead = [name for name in differ if sign * rows[name]["difference"] > 0]
         ahead.sort(key=lambda name: (-abs(rows[name]["difference"]), name))
         where = [f"{name} ({points(rows[name]['difference'])} points)" for name in ahead[:3]]
-        parts.append(f"{model} is clearly ahead on {listed(where) or 'none'}")
+        parts.append(f"{model} is clearly ahead on {listed(where) or 'no class'}")
     if not differ:
         return "By class, no difference is more than chance (McNemar's test, Holm's correction)."
-    return f"By class, {'; '.join(parts)} (the largest; McNemar's test, Holm's correction)."
+    return f"By class, {'; '.join(parts)} (McNemar's test with Holm's correction)."
 
 
 def _shared(pair) -> str:
@@ -182,8 +182,8 @@ def _confidence(rows) -> str:
         if row["temperature"]:
             text += f"; {percent(row['temperature']['ece'])} with a fitted temperature"
         parts.append(text + ")")
-        sure.append(f"{name} on {percent(row['coverage']['80%'])}")
-    return f"{listed(parts)}. Of the 80% of images that it is surest of, right is {listed(sure)}."
+        sure.append(f"{name} gets {percent(row['coverage']['80%'])} right")
+    return f"{listed(parts)}. On the 80% of images that each is surest of, {listed(sure)}."
 
 
 def _robustness(rows) -> str:
