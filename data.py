@@ -84,8 +84,8 @@ class Data:
     std: tuple[float, float, float]
     note: str = ""  # what the reader should know, e.g. how many files were skipped
     content: str = ""  # a hash of a folder's files: their names and what is in them
-    caveats: list[str] = dataclasses.field(default_factory=list)  # on what is measured with it
     drawn: tuple[str, ...] = ()  # splits that were drawn from others: they change with the files
+    caveats: list[str] = dataclasses.field(default_factory=list)  # on what is measured with it
 
     @property
     def sizes(self) -> list[int]:

@@ -94,7 +94,11 @@ def test_files_say_what_the_models_do(results, trained):
     found = json.loads((results / "comparison.json").read_text())
     (pair,), rows = found["pairs"], list(written.values())
     assert pair["difference"] == pytest.approx(rows[0]["accuracy"] - rows[1]["accuracy"])
-    assert found["about"]["images"] == 360 and "--robustness-images 40" in found["about"]["command"]
+    assert (
+        found["about"]["caveats"] == []
+        and found["about"]["images"] == 360
+        and "--robustness-images 40" in found["about"]["command"]
+    )
     for row in rows:
         assert row["timing"]["training_seconds"] > 0 and row["robustness"]["images"] == 40
         assert row["temperature"]["log_loss"] < row["log_loss"] + 0.02  # fitted on validation
@@ -298,7 +302,8 @@ def test_one_checkpoint_on_the_validation_split(trained, tmp_path):
     best = checkpoint.load_checkpoint(trained["cnn"])["best"]["val_accuracy"]
     assert found["accuracy"] == pytest.approx(best)  # what the training saw, from the file alone
     assert found["temperature"] is None  # there are no other images to fit it on
-    assert json.loads((tmp_path / "comparison.json").read_text())["pairs"] == []
+    compared = json.loads((tmp_path / "comparison.json").read_text())
+    assert compared["pairs"] == [] and "chose the epoch" in compared["about"]["caveats"][0]
 
 
 def test_a_folder_of_other_classes_is_refused(trained, photos, fails):
