@@ -33,6 +33,7 @@ import throughput
 import train_peer
 import unbalanced
 
+import evaluate
 import models
 import train_cnn
 import train_vit
@@ -546,7 +547,8 @@ def test_shortcut(capsys):
     assert len(rows) == 4 + 7 and all(row.count("%") == 2 for row in rows)
 
 
-def test_unbalanced(capsys, tmp_path):
+def test_unbalanced(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "draw", lambda *_: {})  # figures take seconds
     unbalanced.write_digits(tmp_path / "images")
     counts = {d.name: len(list(d.iterdir())) for d in (tmp_path / "images" / "train").iterdir()}
     assert all(120 < counts[str(i)] < 140 for i in range(5)) and counts["7"] == 129 // 20

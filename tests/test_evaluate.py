@@ -58,7 +58,7 @@ def test_rows_of_the_confusion_figure_are_true_classes():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
-def test_a_folder_with_test_alone_is_measured_whole(photos, tmp_path):
+def test_a_folder_with_test_alone_is_measured_whole(photos, tmp_path, numbers_only):
     """Trained on one folder, measured on all of another, which has nothing to train on."""
     argv = ["--dataset", "folder", "--data-dir", photos, "--batch-size", 8, "--epochs", 1]
     argv += ["--pictures", "off"]
@@ -68,6 +68,13 @@ def test_a_folder_with_test_alone_is_measured_whole(photos, tmp_path):
     evaluate.main([*map(str, argv), "--out-dir", str(tmp_path / "out")])
     (found,) = json.loads((tmp_path / "out" / "metrics.json").read_text()).values()
     assert found["images"] == 24
+
+
+@pytest.fixture
+def numbers_only(monkeypatch):
+    """No figures and no TensorBoard, which take seconds."""
+    monkeypatch.setattr(evaluate, "draw", lambda *_: {})
+    monkeypatch.setattr(evaluate, "write_tensorboard", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +233,9 @@ def test_pictures_of_a_large_report_are_made_smaller(results):
     assert abs(pixels[0] - pixels[1]).mean() < 4
 
 
-def test_two_evaluations_write_the_same_numbers(trained, tmp_path, monkeypatch):
+def test_two_evaluations_write_the_same_numbers(trained, tmp_path, monkeypatch, numbers_only):
     """Byte for byte, but for times. Without --out-dir the folder has the checkpoint's name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "write_tensorboard", lambda *_: None)  # it takes seconds
     shutil.copytree(trained["cnn"].parent, "runs/digits-cnn")
     texts = []
     for _ in range(2):
@@ -282,7 +288,7 @@ def test_tensorboard_has_figures_and_numbers(results, trained):
     assert f"|digits-cnn|`test`|`{m['accuracy']}`|" in table and text.step == image.step
 
 
-def test_classes_match_by_name_not_by_place(trained, tmp_path):
+def test_classes_match_by_name_not_by_place(trained, tmp_path, numbers_only):
     """A checkpoint whose classes are in another order, its head likewise, scores the same."""
     state = checkpoint.load_checkpoint(trained["cnn"])
     order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
@@ -296,7 +302,7 @@ def test_classes_match_by_name_not_by_place(trained, tmp_path):
     assert first["confusion_matrix"] == second["confusion_matrix"]
 
 
-def test_one_checkpoint_on_the_validation_split(trained, tmp_path):
+def test_one_checkpoint_on_the_validation_split(trained, tmp_path, numbers_only):
     evaluate.main([str(trained["cnn"]), "--split", "val", "--out-dir", str(tmp_path)])
     (found,) = json.loads((tmp_path / "metrics.json").read_text()).values()
     best = checkpoint.load_checkpoint(trained["cnn"])["best"]["val_accuracy"]
