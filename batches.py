@@ -297,7 +297,7 @@ CORRUPTIONS = {
 }  # fmt: skip
 
 
-def corrupt(images: torch.Tensor, kind: str, severity: int, seed: int = 0) -> torch.Tensor:
+def corrupt(images: torch.Tensor, kind: str, severity: int) -> torch.Tensor:
     """Images uint8 (B, 3, S, S) with one of the CORRUPTIONS, of severity 1 to 5.
 
     The formulas and numbers of CIFAR-10-C (Hendrycks and Dietterich 2019, arXiv 1903.12261), so for
@@ -306,15 +306,13 @@ def corrupt(images: torch.Tensor, kind: str, severity: int, seed: int = 0) -> to
     """
     change, numbers = CORRUPTIONS[kind]
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(0)
         changed = change(images.float() / 255, numbers[severity - 1])
     return (255 * changed.clamp(0, 1)).round().byte().to(images.device)
 
 
-def shifted(images: torch.Tensor, pixels: int) -> list[torch.Tensor]:
-    """Images uint8 (B, 3, S, S) moved left, right, up and down, reflected at the border."""
-    if not pixels:
-        return [images]
-    S, wide = images.shape[-1], F.pad(images.float(), (pixels,) * 4, mode="reflect").byte()
-    corners = ((pixels, 2 * pixels), (pixels, 0), (2 * pixels, pixels), (0, pixels))
-    return [wide[:, :, y : y + S, x : x + S] for y, x in corners]
+def shifted(images: torch.Tensor, right: int, down: int) -> torch.Tensor:
+    """Images uint8 (B, 3, S, S) moved by so many pixels, reflected at the border."""
+    S, most = images.shape[-1], max(abs(right), abs(down))
+    wide = F.pad(images.float(), (most,) * 4, mode="reflect").byte()
+    return wide[:, :, most - down : most - down + S, most - right : most - right + S]

@@ -86,9 +86,10 @@ def plot_curves(histories: dict[str, list[dict]], best: dict[str, int]) -> Figur
                     # The name is last: matplotlib leaves out a label that begins with _.
                     label = f"{'validation' if part == 'val' else 'training'}, {names[color]}"
                     axes.plot(x, y, style, color=f"C{color}", label=label)
-                    for i in [i for i, r in enumerate(history) if r["epoch"] == best[key]]:
-                        if part == "val":
-                            axes.plot(x[i], y[i], "*", color=f"C{color}", markersize=12)
+                    epochs = [r["epoch"] for r in history]
+                    if part == "val" and best[key] in epochs:
+                        i = epochs.index(best[key])
+                        axes.plot(x[i], y[i], "*", color=f"C{color}", markersize=12)
             axes.grid(alpha=0.3)
             axes.set_title(f"{quantity} by {unit}", fontsize=11)
             if quantity == "loss":

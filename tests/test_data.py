@@ -520,10 +520,10 @@ def test_corruption_is_the_same_each_time_and_changes_no_random_state():
 def test_shifts_move_by_that_many_pixels():
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     images[:, :, 4, 4] = 9
-    places = [x[0, 0].nonzero().tolist() for x in shifted(images, 2)]
+    moves = ((-2, 0), (2, 0), (0, -2), (0, 2))
+    places = [shifted(images, *move)[0, 0].nonzero().tolist() for move in moves]
     assert places == [[[4, 2]], [[4, 6]], [[2, 4]], [[6, 4]]]
-    (same,) = shifted(images, 0)
-    assert torch.equal(same, images)
+    assert torch.equal(shifted(images, 0, 0), images)
 
 
 def test_balanced_batches_have_all_classes_equally_often():
