@@ -18,7 +18,7 @@ import distributed
 from batches import epoch_seed
 from checkpoint import formula_image
 from cli import printable, writing
-from models import forward_written_out
+from models import counting_operations
 from settings import CHANGEABLE
 
 COLUMNS = (  # heading, key of the row, format: all as wide as the heading
@@ -141,10 +141,7 @@ def markdown(head: list[str], rows) -> str:
 
 def layer_table(network: nn.Module, image_size: int) -> str:
     """Markdown: for each layer its output's shape, parameters and multiply-adds for one image."""
-    from torch.utils.flop_counter import FlopCounterMode  # takes half a second
-
     copied, before, rows = copy.deepcopy(network).cpu().eval(), {}, []
-    image, counter = formula_image(image_size), FlopCounterMode(display=False)
 
     def row(name, layer, output, operations):
         output = output[0] if isinstance(output, tuple) else output
@@ -161,8 +158,8 @@ def layer_table(network: nn.Module, image_size: int) -> str:
                 lambda *_, name=name: before.update({name: counter.get_total_flops()})
             )
             layer.register_forward_hook(functools.partial(note, name=name))
-    with torch.no_grad(), counter:
-        output = forward_written_out(copied, image)
+    with counting_operations() as counter:
+        output = copied(formula_image(image_size))
     row("**all**", copied, output, counter.get_total_flops())
     return markdown(["layer", "kind", "output", "parameters", "multiply-adds"], rows)
 

@@ -132,11 +132,11 @@ def test_the_table_of_layers():
     """Multiply-adds of a convolution, of a linear layer and of attention, by hand."""
     table = logs.layer_table(CNN(stem=4, widths=(8, 8), depths=(0, 0)), 32)
     assert f"|stem|`Conv2d`|`4×32×32`|`108`|`{4 * 27 * 1024:,}`|" in table
-    vit = ViT(dim=16, depth=1, heads=2, patch_size=8)
+    table = logs.layer_table(ViT(dim=16, depth=2, heads=2, patch_size=8), 32)
     linear, attention = 17 * 16 * 16 * (3 + 1 + 2 + 2), 2 * 17 * 17 * 16
-    assert f"|blocks.0|`Block`|`17×16`|`2,224`|`{linear + attention:,}`|" in logs.layer_table(
-        vit, 32
-    )
+    assert f"|blocks.0|`Block`|`17×16`|`2,224`|`{linear + attention:,}`|" in table
+    last = 16 * 16 * (17 * 3 + 1 + 2 + 2) + 2 * 17 * 16  # of the class token alone
+    assert f"|blocks.1|`Block`|`1×16`|`2,224`|`{last:,}`|" in table
 
 
 def test_text_and_hyperparameters(runs):
