@@ -158,7 +158,7 @@ def layer_table(network: nn.Module, image_size: int) -> str:
                 lambda *_, name=name: before.update({name: counter.get_total_flops()})
             )
             layer.register_forward_hook(functools.partial(note, name=name))
-    with counting_operations() as counter:
+    with torch.no_grad(), counting_operations() as counter:
         output = copied(formula_image(image_size))
     row("**all**", copied, output, counter.get_total_flops())
     return markdown(["layer", "kind", "output", "parameters", "multiply-adds"], rows)

@@ -331,19 +331,19 @@ def count_parameters(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def counting_operations():
-    """A `FlopCounterMode` of what the block computes, without gradients.
+    """A `FlopCounterMode` of what the block computes.
 
-    Fused attention, which it does not count, is replaced by two matrix products.
+    Attention is two matrix products there, because the fused one is not counted on a CPU.
     """
     from torch.utils.flop_counter import FlopCounterMode  # takes half a second
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
 
 def count_multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
     """Multiply-adds of a forward pass of one image (1, 3, H, W)."""
-    with counting_operations() as counter:
+    with torch.no_grad(), counting_operations() as counter:
         model(image)
     return counter.get_total_flops() // 2
 

@@ -40,11 +40,10 @@ from common import (
     recipe_settings,
     train_for,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from cli import Parser, command, integer, run
 from data import Data, Split
+from models import counting_operations
 from prepare import make_batches
 from settings import AMP_TYPES, choose_amp
 from training import update_average
@@ -124,8 +123,7 @@ def matrix_flops_per_second() -> float:
 
 def step_flops(name: str, settings, batch) -> int:
     """Floating-point operations of forward and backward for one batch."""
-    # Attention as two products, because PyTorch does not count the fused one on a CPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting_operations() as counter:
         F.cross_entropy(new_model(name, settings)(batch[0]), batch[1]).backward()
     return counter.get_total_flops()
 
