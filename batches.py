@@ -2,8 +2,8 @@
 
     B batch   H, W image height and width   C classes   N images
 
-Each image is flipped, shifted and erased by its own random amount. Automatic augmentation and
-mixing are torchvision's, with one draw for a group of images or for a batch.
+Each image is flipped, shifted and erased by its own random amount. TrivialAugment and mixing are
+torchvision's, with one draw for a group of images or for a batch.
 """
 
 import io
@@ -18,11 +18,10 @@ from tqdm import tqdm
 from data import Split
 
 
-def epoch_seed(seed: int, epoch: int, rank: int = -1) -> int:
-    """One well-mixed 64-bit number for each (seed, epoch), or for each (seed, epoch, rank)."""
+def mixed_seed(*numbers: int) -> int:
+    """One 64-bit number for several, such as (seed, epoch); the last not 0, which NumPy ignores."""
     # seed + epoch would not do: epoch 2 of seed 0 would be epoch 1 of seed 1.
-    entropy = (seed, epoch) if rank < 0 else (seed, epoch, 1 + rank)  # a last 0 changes nothing
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class Batches:
@@ -32,8 +31,8 @@ class Batches:
 
     With `train=False` all images come in their order, unchanged. With `train=True` the order is
     shuffled, or with `balance` drawn with replacement; an incomplete last batch is dropped. Images
-    are augmented: flip and shift, then automatic augmentation, then an erased square. A fraction
-    `mix` of the batches is mixed, and their labels are float32 (B, C), the weight of each class.
+    are augmented: flip and shift, then TrivialAugment, then an erased square. A fraction
+    `mix` of the batches is mixed, and their labels are float32 (B, C), class probabilities.
 
     The loop seeds PyTorch's generator with (seed, epoch). One number drawn from it at the start of
     an epoch decides the rest, so a batch depends on (seed, epoch, step) alone.
@@ -48,7 +47,7 @@ class Batches:
         flip: mirror half of the images.
         shift: largest move of an image, in pixels.
         erase: side of the erased square, in pixels; 0: none.
-        auto_augment: apply `trivial_augment`.
+        trivial_augment: apply the function of this name.
         mix: fraction of the batches that `cutmix_or_mixup` mixes.
         balance: draw images so that all classes are equally likely, however few images they have.
         classes: number of classes C; needed for `mix` alone.
@@ -66,7 +65,7 @@ class Batches:
         flip: bool = False,
         shift: int = 0,
         erase: int = 0,
-        auto_augment: bool = False,
+        trivial_augment: bool = False,
         mix: float = 0.0,
         balance: bool = False,
         classes: int | None = None,
@@ -74,7 +73,7 @@ class Batches:
         self.device = torch.device(device)
         self.split, self.batch_size, self.train = split.to(self.device), batch_size, train
         self.flip, self.shift, self.erase = flip, shift, erase
-        self.auto_augment, self.mix = auto_augment, mix
+        self.trivial_augment, self.mix = trivial_augment, mix
         self.balance, self.classes = balance, classes
         self.mean, self.std = (
             255 * torch.tensor(x, device=self.device).view(3, 1, 1) for x in (mean, std)
@@ -106,7 +105,7 @@ class Batches:
             images = flip_and_shift(images, generator, flip=self.flip, shift=self.shift)
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
                 torch.default_generator.manual_seed(seed + 1 + len(self) + step)
-                if self.auto_augment:
+                if self.trivial_augment:
                     images = trivial_augment(images)
                 images = erase_square(self.normalise(images), generator, self.erase)
                 if torch.rand(()) < self.mix:
@@ -159,7 +158,7 @@ def batch_size_without_training(image_size: int) -> int:
 
 @torch.inference_mode()
 def batch_size_to_explain(network, image_size: int) -> int:
-    """How many images are explained at once: up to 64, if what is kept of them fits in 16 MB.
+    """How many images are explained at once: up to 64, if their intermediates fit in 16 MB.
 
     On a CPU the ViT's relevance takes an eighth less time in batches of 18 than of 64.
     """
@@ -248,7 +247,7 @@ def cutmix_or_mixup(images: torch.Tensor, labels: torch.Tensor, classes: int):
 
     CutMix (Yun et al. 2019, arXiv 1905.04899) pastes a rectangle. MixUp (Zhang et al. 2018,
     arXiv 1710.09412) blends. The weight is drawn uniformly from 0 to 1.
-    images (B, 3, H, W) -> the same; labels (B,) -> (B, C), the weight of each class.
+    images (B, 3, H, W) -> the same; labels (B,) -> (B, C), class probabilities.
     """
     mixer = v2.CutMix if torch.rand(()) < 0.5 else v2.MixUp
     return mixer(num_classes=classes)(images, labels)
@@ -301,8 +300,8 @@ def corrupt(images: torch.Tensor, kind: str, severity: int) -> torch.Tensor:
     """Images uint8 (B, 3, S, S) with one of the CORRUPTIONS, of severity 1 to 5.
 
     The formulas and numbers of CIFAR-10-C (Hendrycks and Dietterich 2019, arXiv 1903.12261), so for
-    images of about 32 pixels. Ours rounds where that truncates, and blurs by reflecting the image
-    at its border, which that repeats.
+    images of about 32 pixels. Two things differ: values are rounded, not truncated, and the blur
+    reflects the image at its border, where theirs repeats the border.
     """
     change, numbers = CORRUPTIONS[kind]
     with torch.random.fork_rng(devices=[]):

@@ -2,7 +2,7 @@
 
 Loading one executes no code.
 
-`last.pt` holds everything that is needed to resume a training. `best.pt` holds the weights that
+`last.pt` holds everything that is needed to resume a run. `best.pt` holds the weights that
 scored best on validation. To publish a checkpoint (weights alone, in half precision):
 
     python checkpoint.py runs/cifar10-cnn/best.pt pretrained/cnn.pt
@@ -16,6 +16,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import nn
@@ -30,9 +31,8 @@ METADATA = {  # known before training starts
 }  # fmt: skip
 KEYS = METADATA | {
     "model": dict, "ema": dict | None, "optimizer": dict | list | None, "scaler": dict | None,
-    "epoch": int, "step": int, "best": dict, "history": list,
+    "epoch": int, "step": int, "best": dict, "history": list, "self_test": list,
 }  # fmt: skip
-OPTIONAL = {"self_test": list}  # checkpoints before November 2026 have none
 
 
 # ---------------------------------------------------------------- metadata
@@ -55,20 +55,22 @@ def make_metadata(
     nowhere = {"name": "", "data_dir": "", "image_size": 32, "val_fraction": 0.0, "sizes": []}
     return _plain_types({
         "model_name": model_name, "model_config": model_config,
-        "classes": classes, "mean": mean, "std": std,
+        "classes": classes, "mean": [*map(float, mean)], "std": [*map(float, std)],
         "dataset": nowhere | (dataset or {}), "settings": settings or {},
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     })  # fmt: skip
 
 
 def _plain_types(value):
-    """`value` with paths (with `/`) and versions as strings, and tuples as lists."""
+    """`value` with paths (with `/`) and versions as strings, tuples as lists, no NumPy scalars."""
     if isinstance(value, dict):
         return {key: _plain_types(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain_types(item) for item in value]
     if isinstance(value, Path):
         return value.as_posix()
+    if isinstance(value, np.generic):
+        return value.item()
     return str(value) if isinstance(value, str) else value  # TorchVersion is a str
 
 
@@ -171,8 +173,6 @@ def difference(computed: list[float], saved: list[float]) -> str:
 
 def changed_network(network: nn.Module, checkpoint: dict) -> str:
     """What to say if `network` is no longer the one that was saved; "" if it is."""
-    if "self_test" not in checkpoint:
-        return ""
     reason = difference(self_test(network, checkpoint), checkpoint["self_test"])
     return reason and (
         f"its network computes {reason} than when it was saved: models.py has changed since. Use "
@@ -188,7 +188,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict, *, remove: Path | None =
 
     `remove` is deleted just before. UserError: no file can be written; the old one is left.
     """
-    assert checkpoint.keys() - OPTIONAL.keys() == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
+    assert checkpoint.keys() == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
     buffer = io.BytesIO()  # serialised first, so that an error leaves no partial file
     torch.save(checkpoint, buffer)
     path = Path(path)
@@ -247,8 +247,8 @@ def check_finite(network: nn.Module, row: dict, settings) -> None:
     epoch = row["epoch"]
     kept = f"; {settings.out_dir} keeps epoch {epoch - 1}, the last good one" if epoch > 1 else ""
     raise UserError(
-        f"the loss or the weights are no longer finite in epoch {epoch} (by step {row['step']}) "
-        f"with --lr {settings.lr:g}: start again with a lower rate or --weight-decay" + kept
+        f"the loss or the weights are no longer finite in epoch {epoch} (by step {row['step']}): "
+        "start again with a lower --lr or --weight-decay" + kept
     )
 
 
@@ -268,8 +268,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: no such checkpoint; train_cnn.py and train_vit.py write them")
     checkpoint = _read(path)
     entries = checkpoint if isinstance(checkpoint, dict) else {}
-    optional = {key: kind for key, kind in OPTIONAL.items() if key in entries}
-    if wrong := wrong_key(entries, KEYS | optional):
+    if wrong := wrong_key(entries, KEYS):
         raise UserError(f"{path}: not a checkpoint of this project ({wrong!r} missing or wrong)")
     checkpoint["classes"] = list(map(composed, checkpoint["classes"]))
     if not checkpoint["history"]:
@@ -364,8 +363,8 @@ def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple
 
 def refuse_other_optimizer(own: dict, saved: dict) -> None:
     """Raise ValueError if a group of the optimizer and of the checkpoint have other arguments."""
-    if own.keys() != saved.keys():
-        raise ValueError("another optimizer")
+    if differ := sorted(own.keys() ^ saved.keys()):
+        raise ValueError(f"another optimizer, or an older version: {', '.join(differ)}")
     for key in own.keys() - {"params", "lr", "fused", "foreach"}:
         if own[key] != saved[key]:
             raise ValueError(f"the optimizer's {key} was {saved[key]} and is {own[key]}")

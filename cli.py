@@ -83,13 +83,14 @@ def command(main):
             except OSError as error:
                 name = f"{error.filename}: " if error.filename else ""
                 message = f"{name}{error.strerror or error}"
-            except (torch.OutOfMemoryError, MemoryError):
-                if distributed.rank():  # others may have enough
-                    stderr = sys.__stderr__
-                message = "out of memory: use --device cpu or, in training, a smaller --batch-size"
-            except RuntimeError as error:
+            except (MemoryError, RuntimeError) as error:
                 message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
-                if distributed.is_lost(error):
+                kinds = MemoryError, torch.OutOfMemoryError
+                if isinstance(error, kinds) or "tried to allocate" in str(error).lower():
+                    message = "out of memory: use --device cpu or, in training, smaller batches"
+                    if distributed.rank():  # others may have enough
+                        stderr = sys.__stderr__
+                elif distributed.is_lost(error):
                     message = "torchrun: another process has ended; --resume repeats the epoch"
                 elif not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     raise
@@ -196,11 +197,11 @@ def writing(path: Path | str, *, needed: bool = True):
 
 def refuse_inside(folder: Path, images: Path | None = None) -> None:
     """Raise UserError if `folder` is in `images`, or in images that have been decoded before."""
-    for place in (folder.resolve(), *folder.resolve().parents):
-        if (images is not None and place == images.resolve()) or any(place.glob(".cache-*.bin")):
+    for parent in (folder.resolve(), *folder.resolve().parents):
+        if (images is not None and parent == images.resolve()) or any(parent.glob(".cache-*.bin")):
             raise UserError(
-                f"--out-dir {folder} is in the folder of images {place}, where results would be "
-                "read as images: choose another"
+                f"{folder} is in the folder of images {parent}, where results would be read as "
+                "images: choose another"
             )
 
 
@@ -213,7 +214,8 @@ def make_out_dir(folder: Path, images: Path | None = None, *, curves: bool = Tru
         UserError: it is a file, cannot be made or written, is in use, has an undecodable name, or
             is in a folder data set (`images`, if it is not known from its cache).
     """
-    refuse_inside(folder, images)
+    with naming("--out-dir"):
+        refuse_inside(folder, images)
     if curves and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"--out-dir {folder}: TensorBoard needs a name in UTF-8: choose another")
     with writing(f"--out-dir {folder}"):

@@ -6,6 +6,7 @@ Images stay uint8 `(M, 3, H, W)` until a batch needs them (see `batches.py`).
 """
 
 import dataclasses
+import ssl
 from pathlib import Path
 
 import numpy as np
@@ -226,8 +227,8 @@ def _folder_classes(root: Path, listing: Listing, classes: list[str] | None) -> 
 
 def _folder_splits(root: Path, listing: Listing, classes: list[str]) -> tuple[torch.Tensor, dict]:
     """Labels (M,) and the indices of each split; a folder of one level gets a test split."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = torch.tensor([numbers[file.class_name] for file in listing.files])
+    class_to_idx = {name: index for index, name in enumerate(classes)}
+    labels = torch.tensor([class_to_idx[file.class_name] for file in listing.files])
     if "all" not in listing.parts:
         parts = {part: torch.arange(r.start, r.stop) for part, r in listing.parts.items()}
         return labels, {"train": torch.arange(0)} | parts
@@ -262,7 +263,8 @@ def _load_cifar10(root: Path):
         with locked(root / ".download.lock", wait=True):  # one download at a time
             parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad md5 a RuntimeError
-        if getattr(error, "errno", None):  # a disk, not a server
+        network = isinstance(error, ConnectionError | TimeoutError | ssl.SSLError)
+        if getattr(error, "errno", None) and not network:  # a disk
             with writing(root):
                 raise
         advice = f"put {CIFAR10.filename} there"
@@ -286,7 +288,7 @@ def _load_digits():
     images = torch.from_numpy(digits.images).unsqueeze(1) * (255 / 16)  # (M, 1, 8, 8), 0..255
     images = torch.nn.functional.interpolate(images, size=32, mode="bilinear").round()
     images = images.to(torch.uint8).expand(-1, 3, -1, -1)
-    labels = torch.from_numpy(digits.target)
+    labels = torch.from_numpy(digits.target).long()
     everything = torch.arange(len(labels))
     train, test = stratified_split(
         labels, everything, TEST_FRACTION, "the test split", "use another data set", "0123456789"

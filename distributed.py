@@ -64,7 +64,7 @@ def start(device: torch.device) -> torch.device:
         dist.init_process_group(backend, store=store, rank=own, world_size=number, timeout=limit)
     except (RuntimeError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"torchrun: the processes do not reach each other ({line})") from None
+        raise UserError(f"torchrun: the processes cannot connect to each other ({line})") from None
     return device
 
 
@@ -92,8 +92,9 @@ def wrap(model: nn.Module) -> nn.Module:
 def check_divides(batch_size: int) -> None:
     """Raise UserError if a batch cannot be divided evenly among the processes."""
     if batch_size % world_size():
-        size = f"a batch of {batch_size} images does not divide among {world_size()} processes"
-        raise UserError(f"torchrun: {size}: choose another --batch-size, drop an incomplete batch")
+        size = f"a batch of {batch_size} images is not divisible by {world_size()} processes"
+        advice = "choose another --batch-size (in a DataLoader of your own also drop_last=True)"
+        raise UserError(f"torchrun: {size}: {advice}")
 
 
 def own_part(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ SPLITS = {  # names of the folders of a split
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-MOST_NAMED = 10  # files in a message
+MAX_NAMED = 10  # files in a message
 DARK = 2**14  # of 65,535: 16-bit images below look black, and hold fewer bits
 BITS, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339  # tags of a TIFF
 # What Pillow raises for damaged files and metadata: found by damaging half a million.
@@ -138,6 +138,7 @@ def _is_image(name: str) -> bool:
 
 def _folders(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    found = [path for path in found if path.name != "@eaDir"]  # Synology's thumbnails
     return sorted(found, key=lambda path: composed(path.name))
 
 
@@ -206,7 +207,8 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
             except OSError as error:
                 if folder == root and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                     continue
-                with naming(f"--data-dir {root}:", " (TORCH_HOME)"), writing(cache):
+                variable = " (TORCH_HOME)" if folder != root else ""
+                with naming(f"--data-dir {root}:", variable), writing(cache):
                     raise
         if folder != root:
             listing.notes.append(f"decoded images are kept in {folder}")
@@ -250,30 +252,28 @@ def _decode(listing: Listing, size: int, target) -> dict:
             image = read_image(file.path, size, remarks)
         except BadImageError as error:
             bad.append(error)
-            if len(bad) == MOST_NAMED:
+            if len(bad) == MAX_NAMED:
                 break
             continue
         largest += [image.info["largest"]] if "largest" in image.info else []
         target.write(np.asarray(image).transpose(2, 0, 1).tobytes())
         digests.append(image.info["digest"])
     if bad:
-        first = "the first " if len(bad) == MOST_NAMED else ""
+        first = "the first " if len(bad) == MAX_NAMED else ""
         several = f"{first}{len(bad)} files that cannot be used: {', '.join(map(str, bad))}"
         raise bad[0] if len(bad) == 1 else UserError(several)
     if largest and max(largest) < DARK:
         remarks.insert(0, dark_remark(f"{len(largest)} images", max(largest)))
-    if len(remarks) > MOST_NAMED:
-        remarks[MOST_NAMED:] = [f"... and {len(remarks) - MOST_NAMED} more"]
+    if len(remarks) > MAX_NAMED:
+        remarks[MAX_NAMED:] = [f"... and {len(remarks) - MAX_NAMED} more"]
     lines = (f"{f.name} {d.hex()}" for f, d in zip(listing.files, digests, strict=True))
     return {"content": digest_of(lines), "remarks": remarks}
 
 
 def digest_of(lines) -> str:
     """A short hash of lines of text, joined by line breaks."""
-    found = hashlib.sha256()
-    for i, line in enumerate(lines):
-        found.update(("\n" * (i > 0) + line).encode(errors="surrogateescape"))
-    return found.hexdigest()[:16]
+    text = "\n".join(lines).encode(errors="surrogateescape")
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- one file
@@ -396,5 +396,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def dark_remark(what, largest: int) -> str:
     """What to say of images of 16 bits that are all below `DARK`."""
-    advice = "if they hold fewer bits, convert them to 8 bits first"
-    return f"{what} of 16 bits: the largest value is {largest} of 65,535; {advice}"
+    bits = f"{what} of 16 bits: the largest value is {largest} of 65,535"
+    return f"{bits}; if they hold fewer bits, convert them to 8 bits first"

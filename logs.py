@@ -1,4 +1,4 @@
-"""What a training shows: a row per epoch in the terminal; curves, text and pictures in TensorBoard.
+"""What a run shows: a row per epoch in the terminal; curves, text and pictures in TensorBoard.
 
 x is the number of steps done, everywhere. Only the first process writes; in others `Logs` is None.
 """
@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.utils import make_grid
 
 import distributed
-from batches import epoch_seed
+from batches import mixed_seed
 from checkpoint import formula_image
 from cli import printable, writing
 from models import counting_operations
@@ -167,7 +167,7 @@ def layer_table(network: nn.Module, image_size: int) -> str:
 # ---------------------------------------------------------------- pictures
 
 
-MOST_CLASSES = 25  # with a curve
+MAX_CLASSES = 25  # with a curve
 
 
 class Pictures:
@@ -188,19 +188,19 @@ class Pictures:
         self.train_batches, self.val_batches = train_batches, val_batches
         self.metadata, self.settings = metadata, settings
 
-    def __call__(self, logs: Logs | None, row: dict, network: nn.Module, answers) -> None:
+    def __call__(self, logs: Logs | None, row: dict, network: nn.Module, outputs) -> None:
         """Draw.
 
         Args:
             logs: the writers.
             row: of the history.
             network: whose validation the row has.
-            answers: (logits (N, C), labels (N,)) of validation, or None.
+            outputs: (logits (N, C), labels (N,)) of validation, or None.
         """
         epoch, step = row["epoch"], row["step"]
-        if logs is not None and answers is not None:
+        if logs is not None and outputs is not None:
             with writing(logs.val.log_dir, needed=False):
-                for name, accuracy in self.class_accuracies(*answers).items():
+                for name, accuracy in self.class_accuracies(*outputs).items():
                     logs.val.add_scalar(f"class accuracy/{name}", accuracy, step)
         if logs is None or (epoch & (epoch - 1) and epoch != self.settings.epochs):
             return
@@ -208,16 +208,16 @@ class Pictures:
             logs.train.add_image(
                 "pictures/augmented", self.augmented(epoch), step, dataformats="HWC"
             )
-            if answers is not None:
-                for name, figure in self.figures(network, *(a.cpu() for a in answers)).items():
+            if outputs is not None:
+                for name, figure in self.figures(network, *(a.cpu() for a in outputs)).items():
                     logs.val.add_figure(f"pictures/{name}", figure, step)
             logs.train.flush()
             logs.val.flush()
 
     def class_accuracies(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """The fraction of images that are right, of each of the first MOST_CLASSES with images."""
+        """The fraction of images that are right, of each of the first MAX_CLASSES with images."""
         right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()
-        names = enumerate(self.metadata["classes"][:MOST_CLASSES])
+        names = enumerate(self.metadata["classes"][:MAX_CLASSES])
         found = {printable(name): right[labels == i] for i, name in names}
         return {name: x.double().mean().item() for name, x in found.items() if len(x)}
 
@@ -228,7 +228,7 @@ class Pictures:
             255 * torch.tensor(self.metadata[key]).view(3, 1, 1) for key in ("mean", "std")
         )
         with torch.random.fork_rng(devices=[]):  # the same draws as in the loop
-            torch.default_generator.manual_seed(epoch_seed(self.settings.seed, epoch))
+            torch.default_generator.manual_seed(mixed_seed(self.settings.seed, epoch))
             images = next(iter(batches))[0][:16].cpu()
         pixels = (images * std + mean).round().clamp(0, 255).byte()
         large = pixels.repeat_interleave(4, 2).repeat_interleave(4, 3)

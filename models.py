@@ -57,8 +57,8 @@ class Stage(nn.Module):
 class CNN(nn.Module):
     """A residual network: stem, stages that each halve the image, global average pooling, linear.
 
-    Only averaging and one linear layer follow the last map. So a logit is the mean over the map's
-    cells of that class's evidence, plus the bias (Zhou et al. 2016, arXiv 1512.04150, eq. 2).
+    Only averaging and one linear layer follow the last map. So a logit is the sum of what each of
+    the map's cells contributes, plus the bias (Zhou et al. 2016, arXiv 1512.04150, eq. 2).
 
     Args:
         classes: number of classes C.
@@ -134,7 +134,7 @@ class Attention(nn.Module):
     def forward(self, x, return_attention: bool = False, queries: int | None = None):
         """(B, N, D) -> (B, N, D); if asked, also the attention (B, heads, N, N), rows sum to 1.
 
-        `queries`: compute the first so many tokens alone; all others only supply keys and values.
+        `queries`: compute only the first `queries` tokens; the others supply keys and values only.
         """
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
@@ -155,8 +155,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One transformer layer, normalised before each half: attention, then a two-layer MLP.
 
-    In training each half is skipped for each image with probability `drop_path`, and scaled up
-    where it is not (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
+    In training each half is skipped with probability `drop_path`, and scaled up where it is not:
+    stochastic depth (Huang et al. 2016, arXiv 1603.09382), drawn for each image as in torchvision.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float = 0.0):
@@ -233,7 +233,7 @@ class ViT(nn.Module):
                 f"patch_size {patch_size} does not divide an image of {image_size} pixels"
             )
         if dim < 4 or dim % 4:
-            raise ValueError(f"dim {dim} is not a multiple of 4, of at least 4")
+            raise ValueError(f"dim {dim} is not a positive multiple of 4")
         if min(classes, depth, dim * mlp_ratio) < 1:
             raise ValueError("classes, depth, dim × mlp_ratio must be at least 1")
         self.grid = image_size // patch_size  # P = grid × grid
@@ -265,8 +265,8 @@ class ViT(nn.Module):
         `keep` (B, n): indices of the patches to use; the others are left out.
 
         The intermediates are each block's attention (B, heads, N, N), and the tokens (B, N, D) that
-        enter it. After the last attention the patches no longer reach the class token, so their
-        gradient at the output would be exactly 0.
+        enter it. The tokens that leave the last block are not among them: the logits do not depend
+        on its patches.
         """
         x = self.patchify(x).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, P, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
@@ -353,7 +353,7 @@ def check_intermediates(network: nn.Module, image: torch.Tensor) -> None:
     """Check what a network offers to `explain.py`; see the top of this file.
 
     Raises:
-        ValueError: it is something else than described there, or `forward` is not
+        ValueError: it differs from that description, or `forward` is not
             `forward_head(forward_features(x))`.
     """
     if not hasattr(network, "forward_features"):

@@ -19,13 +19,14 @@ def parameter_groups(named_parameters, weight_decay: float) -> list[dict]:
     ]
 
 
-def rates(optimizer) -> dict[str, float]:
-    """The rate of each optimizer, and of each of its groups where they differ, by name."""
+def learning_rates(optimizer) -> dict[str, float]:
+    """The learning rate of each optimizer, by name; that of each group, if they differ."""
     found = {}
     for part in getattr(optimizer, "parts", [optimizer]):
-        name, own = type(part).__name__, [group["lr"] for group in part.param_groups]
-        several = len(set(own)) > 1
-        found |= {f"learning rate {name}" + f" {i}" * several: lr for i, lr in enumerate(own, 1)}
+        rates = [group["lr"] for group in part.param_groups]
+        for number, rate in enumerate(rates, 1):
+            group = f" {number}" if len(set(rates)) > 1 else ""
+            found[f"learning rate {type(part).__name__}{group}"] = rate
     return found
 
 
@@ -41,14 +42,11 @@ def muon_and_adamw(model: nn.Module, hidden: nn.Module, flags) -> "Optimizers":
         hidden: the part whose matrices and filters Muon trains.
         flags: has `lr` for AdamW, `muon_lr` for Muon, and `weight_decay` for both.
     """
-    matrices = {p for p in hidden.parameters() if p.ndim >= 2 and p.requires_grad}
-    rest = [(name, p) for name, p in model.named_parameters() if p not in matrices]
-    muon = {
-        "params": [p for p in hidden.parameters() if p in matrices],  # a set has no fixed order
-        "lr_scale": flags.muon_lr / flags.lr,
-    }
+    matrices = [p for p in hidden.parameters() if p.ndim >= 2 and p.requires_grad]
+    chosen = set(matrices)
+    rest = [(name, p) for name, p in model.named_parameters() if p not in chosen]
     return Optimizers(
-        Muon(muon, lr=flags.muon_lr, weight_decay=flags.weight_decay),
+        Muon(matrices, lr=flags.muon_lr, weight_decay=flags.weight_decay),
         torch.optim.AdamW(parameter_groups(rest, flags.weight_decay), flags.lr, fused=True),
     )
 
@@ -60,14 +58,15 @@ class Muon(torch.optim.Optimizer):
     momentum. The same steps as those of `torch.optim.Muon`, which takes matrices only.
 
     Args:
-        group: one group of parameters, as optimizers take it.
+        parameters: to train; one group.
         lr: learning rate.
         weight_decay: decoupled weight decay.
         momentum: how much of the moving average of gradients is kept at a step.
     """
 
-    def __init__(self, group: dict, *, lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__([group], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, parameters, *, lr: float, weight_decay: float, momentum: float = 0.95):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([{"params": parameters}], defaults)  # there may be none, if all are frozen
 
     @torch.no_grad()
     def step(self):
@@ -88,13 +87,6 @@ class Muon(torch.optim.Optimizer):
                 weight.mul_(1 - lr * group["weight_decay"])
                 weight.add_(update.view_as(weight), alpha=-lr * max(1, rows / columns) ** 0.5)
 
-    def load_state_dict(self, state: dict) -> None:
-        """Load a state, also that of `torch.optim.Muon`, which older checkpoints have."""
-        (own,), (saved,) = self.param_groups, state["param_groups"]
-        saved = {"lr_scale": own.get("lr_scale")} | saved
-        group = {key: saved[key] for key in own}
-        super().load_state_dict(state | {"param_groups": [group]})
-
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Nearly U V^T of each singular value decomposition U S V^T: S becomes about 0.7 to 1.2.
@@ -109,7 +101,8 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so no singular value is above 1
     for _ in range(5):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return X if wide else X.mT
 
 
@@ -148,5 +141,7 @@ class Optimizers:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
+        if not isinstance(states, list):
+            raise ValueError("another optimizer")
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)

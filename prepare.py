@@ -1,4 +1,4 @@
-"""Set up a training from its flags. Load networks, data and images for the other scripts."""
+"""Set up a training run from its flags. Load networks, data and images for the other scripts."""
 
 import argparse
 import dataclasses
@@ -14,17 +14,10 @@ from torch import nn
 import distributed
 from batches import Batches, batch_size_to_explain, batch_size_without_training, predict
 from checkpoint import load_model, make_metadata
-from cli import (
-    UserError,
-    naming,
-    printable,
-    quoted,
-    use_device,
-    warn,
-)
+from cli import UserError, naming, printable, quoted, use_device, warn
 from data import Data, Split, load_data
 from models import build_model, count_parameters, model_arguments
-from settings import AMP_TYPES, FREE, as_flags, choose_amp
+from settings import AMP_TYPES, WITHOUT_WEIGHTS, as_flags, choose_amp
 
 # ---------------------------------------------------------------- before training
 
@@ -56,7 +49,8 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     if flags.init is not None and checkpoint is None:
         with naming("--init"):
             source = load_model(flags.init)
-        config = source[1]["model_config"] | {k: config[k] for k in FREE & set(config)}
+        kept = {key: config[key] for key in WITHOUT_WEIGHTS & set(config)}
+        config = source[1]["model_config"] | kept
     _build(model_name, config)
     torch.manual_seed(flags.seed)
     data = load_data(
@@ -145,7 +139,7 @@ def start_from(network, source, checkpoint: dict, config: dict, classes: list[st
 def make_batches(data: Data, flags, device) -> tuple[Batches, Batches | None]:
     """Augmented batches for training and, if there is a validation split, unchanged ones for it."""
     common = {"mean": data.mean, "std": data.std, "device": device}
-    keys = ("flip", "shift", "erase", "auto_augment", "mix", "balance")
+    keys = ("flip", "shift", "erase", "trivial_augment", "mix", "balance")
     augmentation = {key: getattr(flags, key) for key in keys}
     augmentation["classes"] = len(data.classes)
     train_batches = Batches(data.train, flags.batch_size, train=True, **augmentation, **common)
@@ -307,16 +301,18 @@ def load_data_for(
     keys = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
     refuse_different(models, [*keys, "image_size"] + ["val_fraction"] * (split == "val"), keys)
     trained_on = models[0].checkpoint["dataset"]
-    if not (name or trained_on["name"]):
+    name = name or trained_on["name"]
+    data_dir = Path(data_dir or trained_on["data_dir"] or "data")
+    if not name:
         raise UserError(f"{models[0].name} does not know its data: name them (--dataset)")
-    root = Path(data_dir or trained_on["data_dir"]).resolve()
-    moved = trained_on["name"] == "folder" and root != Path(trained_on["data_dir"]).resolve()
-    own = name in (None, trained_on["name"]) and not moved
+    same = name == trained_on["name"]
+    if name == "folder":
+        same = same and data_dir.resolve() == Path(trained_on["data_dir"]).resolve()
     data = load_data(
-        name or trained_on["name"],
-        data_dir or trained_on["data_dir"],
+        name,
+        data_dir,
         image_size=trained_on["image_size"],
-        val_fraction=trained_on["val_fraction"] if own or split == "val" else 0,
+        val_fraction=trained_on["val_fraction"] if same or split == "val" else 0,
         classes=models[0].checkpoint["classes"],
     )
     if data.test.images.shape[-1] != trained_on["image_size"]:
@@ -325,12 +321,12 @@ def load_data_for(
     for model in models:
         _refuse_other_classes(model, data)
         trained_on = model.checkpoint["dataset"]
-        if split in data.drawn and own and other_files(trained_on, data.sizes, data.content):
-            raise UserError(
-                f"files were added, removed or changed since {model.name} was trained, so the "
-                f"{split} split has changed: train again, or make train/ and test/"
-            )
         if split in data.drawn and trained_on.get("content") not in (None, "", data.content):
+            if data_dir.resolve() == Path(trained_on["data_dir"]).resolve():
+                raise UserError(
+                    f"files were added, removed or changed since {model.name} was trained, so the "
+                    f"{split} split has changed: train again, or make train/ and test/"
+                )
             caveat = (
                 f"{model.name} was trained on other files. If some are among these, its {split} "
                 "accuracy is too high: make train/ and test/"

@@ -1,10 +1,11 @@
-"""Flags of a training, where their values come from, and the rules of resuming.
+"""Flags of a training run, where their values come from, and the rules of resuming.
 
 Order of precedence: 1. what is typed, 2. what --dataset digits changes, 3. what --recipe changes,
 4. the script's recipe. With --resume the values come from the checkpoint.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
@@ -28,11 +29,11 @@ from cli import (
 from models import network_defaults
 from optimizers import fast_bfloat16
 
-# Flags that may differ when a training is resumed: how and where it runs.
+# Flags that may differ when a run is resumed: how and where it runs.
 CHANGEABLE = {"device", "threads", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
 CHANGEABLE |= {"pictures", "run_id"}
 
-FREE = {"drop_path", "patch_dropout"}  # of the network, but without weights: may differ with --init
+WITHOUT_WEIGHTS = {"drop_path", "patch_dropout"}  # network flags that may differ with --init
 
 AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,13 +48,8 @@ NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
         ("--batch-size", integer(1), 128, "images per step"),
         ("--lr", real(1e-30, 1e30), 1e-3, "peak learning rate of AdamW, or of SGD"),
         ("--muon-lr", real(1e-30, 1e30), 0.02, "peak learning rate of Muon (blocks or stages)"),
-        ("--warmup", real(0, 0.9), 0.0, "fraction of the steps in which the rates rise"),
-        (
-            "--weight-decay",
-            non_negative,
-            0.0,
-            "weight decay, not of norms and biases",
-        ),
+        ("--warmup", real(0, 0.9), 0.0, "fraction of the steps in which the learning rates rise"),
+        ("--weight-decay", non_negative, 0.0, "weight decay, not of norms and biases"),
         ("--label-smoothing", real(0, 0.9), 0.0, "label smoothing; 0: none"),
         ("--clip", non_negative, 0.0, "largest norm of the gradient; 0: no clipping"),
         ("--ema-decay", real(0, 0.99999), 0.0, "decay of the averaged weights; 0: no average"),
@@ -78,7 +74,7 @@ def training_parser(manual: str, recipe: dict, changes: dict) -> Parser:
     for name, new in changes.items():
         flag = "--dataset digits" if name == "digits" else f"--recipe {name}"
         lines.append(f"{flag} sets {as_flags(new)}")
-    lines.append("Of two of these the lower line decides, and a flag that you type over all.")
+    lines.append("A later line overrides an earlier one; a flag that you type overrides them all.")
     parser = Parser(manual, epilog="\n".join(lines))
     add_data_flags(parser)
     for title, rows in NUMERIC_FLAGS.items():
@@ -89,7 +85,7 @@ def training_parser(manual: str, recipe: dict, changes: dict) -> Parser:
     group = parser.add_argument_group("augmentation, on or off")
     on_off = {"action": argparse.BooleanOptionalAction, "default": False}
     group.add_argument("--flip", **on_off, help="mirror half of the images")
-    group.add_argument("--auto-augment", **on_off, help="TrivialAugmentWide")
+    group.add_argument("--trivial-augment", **on_off, help="TrivialAugmentWide")
     group.add_argument("--balance", **on_off, help="draw images of all classes equally often")
     recipes = ("fast", *(name for name in changes if name != "digits"))
     _add_run_flags(parser.add_argument_group("run"), recipes)
@@ -109,12 +105,8 @@ def _add_run_flags(group, recipes) -> None:
     either.add_argument("--resume", action="store_true", help="resume the run in --out-dir")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
     add("--pictures", choices=("on", "off"), default="on", help="pictures in TensorBoard")
-    add(
-        "--limit-batches",
-        type=integer(1, 2**31),
-        metavar="N",
-        help="at most N batches per epoch, for validation too",
-    )
+    add("--limit-batches", type=integer(1, 2**31), metavar="N",
+        help="at most N batches per epoch, for validation too")  # fmt: skip
 
 
 def as_flags(values: dict) -> str:
@@ -149,20 +141,27 @@ def parse_flags(parser: Parser, argv, model_name: str, changes: dict):
     recipe = (defaults | digits | typed)["recipe"]
     values = defaults | changes.get(recipe, {}) | digits | typed
     if recipe == "plain" and "muon_lr" in typed and not values["resume"]:
-        raise UserError("--muon-lr has no effect with --recipe plain, which has no Muon: omit it")
+        raise UserError(
+            "--muon-lr has no effect with --recipe plain (the default for digits), which does not "
+            "use Muon: omit it, or add --recipe fast"
+        )
     if values["out_dir"] is None:
         suffix = "" if recipe == (defaults | digits)["recipe"] else f"-{recipe}"
         values["out_dir"] = Path("runs", f"{values['dataset']}-{model_name}{suffix}")
     out_dir = values["out_dir"]
-    if values["run_id"] and not values["resume"] and saved_run_id(out_dir) == values["run_id"]:
+    own = values["run_id"] and saved_run_id(out_dir) == values["run_id"]  # of this torchrun
+    if own and not values["resume"] and (out_dir / "last.pt").is_file():
         if not distributed.restarts():
-            raise UserError(f"torchrun: give a new --rdzv-id: {out_dir} has a run of this one")
-        values |= {"resume": True, "overwrite": False}
+            raise UserError(
+                f"torchrun: --rdzv-id {values['run_id']} was used before, for the run in "
+                f"{out_dir}: use another"
+            )
+        values["resume"] = True
         typed.pop("overwrite", None)
     if not values["resume"]:
         with writing(f"--out-dir {out_dir}"):
             occupied = list(out_dir.glob("*.pt"))
-        if occupied and not values["overwrite"] and not distributed.restarts():
+        if occupied and not values["overwrite"] and not (own and distributed.restarts()):
             raise UserError(
                 f"{out_dir} holds a run already: resume it (--resume), replace it (--overwrite), "
                 "or choose another --out-dir"
@@ -199,7 +198,7 @@ def resumed_flags(values: dict, typed: dict, defaults: dict, model_name: str):
         raise UserError(f"--resume: {best} is missing: put it back, or start again (--overwrite)")
     changed = {key: typed[key] for key in CHANGEABLE & set(typed)}
     values |= checkpoint["settings"] | {"compile": False} | changed
-    values |= {"out_dir": out_dir, "resume": True}
+    values |= {"out_dir": out_dir, "resume": True, "overwrite": False}
     for key in ("data_dir", "teacher", "init"):  # strings in a checkpoint
         if values.get(key) is not None:
             values[key] = Path(values[key])
@@ -207,13 +206,16 @@ def resumed_flags(values: dict, typed: dict, defaults: dict, model_name: str):
 
 
 def saved_run_id(out_dir: Path) -> str | None:
-    """The run that the last.pt there is of, as `distributed.run_id`."""
-    last = out_dir / "last.pt"
-    return load_checkpoint(last)["settings"].get("run_id") if last.is_file() else None
+    """The run that the checkpoints there are of, as `distributed.run_id`."""
+    for path in (out_dir / "last.pt", out_dir / "best.pt"):  # of a first epoch best.pt is first
+        if path.is_file():
+            with contextlib.suppress(UserError):  # damaged: --overwrite may replace it
+                return load_checkpoint(path)["settings"].get("run_id")
+    return None
 
 
 def load_run(out_dir: Path, model_name: str) -> dict:
-    """The content of out_dir/last.pt, a training of `model_name` that can be resumed.
+    """The content of out_dir/last.pt, a run of `model_name` that can be resumed.
 
     Raises:
         UserError: a file of the run is missing or damaged, or it is another network's.
@@ -227,7 +229,7 @@ def load_run(out_dir: Path, model_name: str) -> dict:
         checkpoint = load_checkpoint(path)
     if checkpoint["optimizer"] is None or "epochs" not in checkpoint["settings"]:
         raise UserError(
-            f"--resume: {path} holds weights only, not a training: start again (--overwrite)"
+            f"--resume: {path} holds weights only, not a training run: start again (--overwrite)"
         )
     if checkpoint["model_name"] != model_name:
         raise UserError(
@@ -251,7 +253,7 @@ def network_of(path: Path, model_name: str, typed: dict, defaults: dict) -> dict
             f"train_{checkpoint['model_name']}.py, or another checkpoint"
         )
     config = network_defaults(model_name) | checkpoint["model_config"]
-    saved = {key: config[key] for key in set(config) & set(defaults) - FREE}
+    saved = {key: config[key] for key in set(config) & set(defaults) - WITHOUT_WEIGHTS}
     saved["image_size"] = checkpoint["dataset"]["image_size"]
     refuse_conflicts(typed, saved, f"--init {path}", dict.fromkeys(saved, "omit it"))
     return saved

@@ -1,6 +1,6 @@
 """How a command ends before its work is done: bad input, nothing to do, a signal.
 
-SIGINT (Ctrl-C) and SIGTERM let a training finish its step.
+SIGINT (Ctrl-C) and SIGTERM let a training run finish its step.
 """
 
 import functools
@@ -21,7 +21,7 @@ class Finished(Exception):  # noqa: N818, it is no error
 
 
 class Stopped(Exception):  # noqa: N818
-    """A signal has ended a training.
+    """A signal has ended a training run.
 
     number: the signal's.
     out_dir: where the checkpoints are.
@@ -61,7 +61,8 @@ def finishing_steps(train):
         _signals.clear()
         if threading.current_thread() is threading.main_thread():  # others cannot handle signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, note) or signal.SIG_DFL
+                if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background job
+                    handlers[number] = signal.signal(number, note) or signal.SIG_DFL
         try:
             return train(model, optimizer, train_batches, val_batches, settings, *rest, **named)
         except (Stopped, RuntimeError) as error:
@@ -80,7 +81,7 @@ def finishing_steps(train):
 def how_to_resume(stop: Stopped, script: str, run_id: str | None = None) -> str:
     """What to print after a signal. `run_id`: as `distributed.run_id`."""
     if not stop.saved:
-        return "stopped before an epoch was saved: start again as before"
+        return "stopped before the first checkpoint was saved: run the same command again"
     start = "the same torchrun command with" if run_id else "python"
     return (
         f"stopped after a step. To resume (the epoch is repeated): {start} {Path(script).name} "

@@ -1,10 +1,10 @@
 """Train the Vision Transformer.
 
     python train_vit.py --dataset digits                     2 to 3 minutes, 99% of the test images
-    python train_vit.py                                      CIFAR-10: 75 minutes, 79%
+    python train_vit.py                                      CIFAR-10: 75 minutes, 80%
     python train_vit.py --dataset folder --data-dir photos   photos/train/<class>/*, photos/test
 
-Times are for two CPU cores; slower ones need twice as long. The 79% are on a JPEG copy of CIFAR-10
+Times are for two CPU cores; slower ones need twice as long. The 80% is for a JPEG copy of CIFAR-10
 (see README). Prints a row per epoch. Writes checkpoints and curves to --out-dir; see the curves
 with tensorboard --logdir runs
 """
@@ -32,7 +32,7 @@ RECIPE = {  # --recipe fast
     "flip": True,
     "shift": 2,
     "erase": 0,
-    "auto_augment": False,
+    "trivial_augment": False,
     "mix": 0.0,
     "patch_size": 4,
     "dim": 192,
@@ -43,7 +43,7 @@ RECIPE = {  # --recipe fast
     "patch_dropout": 0.0,
 }
 CHANGES = {
-    "best": {"epochs": 100, "auto_augment": True, "mix": 0.5, "drop_path": 0.1},
+    "best": {"epochs": 100, "trivial_augment": True, "mix": 0.5, "drop_path": 0.1},
     "plain": {"label_smoothing": 0.0, "clip": 0.0, "ema_decay": 0.0},  # AdamW, flips and shifts
     "digits": {
         "recipe": "plain",
@@ -78,7 +78,7 @@ def main(argv=None):
         "--teacher",
         type=path_type,
         metavar="FILE",
-        help="checkpoint whose answers are learned as well",
+        help="checkpoint whose probabilities are learned too (distillation)",
     )
     flags, checkpoint = parse_flags(parser, argv, "vit", CHANGES)
 

@@ -3,6 +3,7 @@
 `train_cnn.py` and `train_vit.py` each make a network, an optimizer and batches, and call `train`.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -15,11 +16,11 @@ from torch import nn
 from tqdm import tqdm
 
 import distributed
-from batches import epoch_seed
+from batches import mixed_seed
 from checkpoint import check_finite, check_metadata, restore, save_epoch, training_state
 from logs import close_logs, log_epoch, open_logs, remove_files
 from models import unwrap
-from optimizers import rates
+from optimizers import learning_rates
 from settings import AMP_TYPES, choose_amp
 from stopping import finishing_steps, stop_if_asked
 
@@ -30,8 +31,7 @@ class TrainingSettings:
 
     out_dir: str | Path  # for checkpoints and curves
     epochs: int = 1
-    lr: float = 1e-3  # peak learning rate, of parameter groups without an `lr_scale`
-    warmup: float = 0.0  # fraction of the steps in which the rate rises
+    warmup: float = 0.0  # fraction of the steps in which the learning rates rise
     label_smoothing: float = 0.0
     clip: float = 0.0  # largest gradient norm; 0: no clipping
     ema_decay: float = 0.0  # of the exponential moving average (EMA) of the weights; 0: none
@@ -57,10 +57,10 @@ def train(
 
     Args:
         model: on its device; may be wrapped in torch.compile or DataParallel.
-        optimizer: over the model's parameters. `train` sets the learning rate of its groups.
+        optimizer: over the model's parameters. A group's `initial_lr`, or else `lr`, is its peak.
         train_batches: an iterable of `(images, labels)` with a length; each time it is iterated it
-            gives an epoch. Labels are class numbers (B,), or the weight of each class (B, C).
-        val_batches: the same for validation, with class numbers; or None.
+            gives an epoch. Labels are class indices (B,), or class probabilities (B, C).
+        val_batches: the same for validation, with class indices; or None.
         settings: a `TrainingSettings`.
         metadata: what `checkpoint.make_metadata` returns.
         checkpoint: the content of the last.pt to resume from, or None.
@@ -70,7 +70,7 @@ def train(
         UserError: wrong metadata, a checkpoint that does not fit, or a loss that is not finite.
         Stopped: SIGINT or SIGTERM has come; a step was finished.
     """
-    network = unwrap(model)  # without a wrapper, whose prefix would end in the checkpoint's keys
+    network = unwrap(model)  # a wrapper would add a prefix to the checkpoint's keys
     device = next(network.parameters()).device
     check_metadata(metadata, network)  # now, not when the first checkpoint is used
     epochs, steps_per_epoch = settings.epochs, limited_length(train_batches, settings.limit_batches)
@@ -79,6 +79,8 @@ def train(
     autocast = torch.autocast(device.type, AMP_TYPES[amp], enabled=amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     ema = copy.deepcopy(network).eval() if settings.ema_decay else None
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", float(group["lr"]))  # its peak; phase 2 changes "lr"
     step, best, history, last = 0, None, [], checkpoint
     if checkpoint is not None:
         step, best, history = restore(checkpoint, network, optimizer, scaler, ema, settings.out_dir)
@@ -88,37 +90,35 @@ def train(
     logs, replaced = open_logs(settings, step, metadata, network)
 
     for epoch in range(len(history) + 1, epochs + 1):
-        # 1. Seed: order and augmentation follow from (seed, epoch), what the network draws from
-        #    (seed, epoch, process). So no random state is saved, and a resumed run is the same run.
-        torch.manual_seed(epoch_seed(settings.seed, epoch))
-        batches = drawn_apart(train_batches, epoch_seed(settings.seed, epoch, distributed.rank()))
+        # 1. Seed: order and augmentation follow from (seed, epoch); phase 3 seeds what the network
+        #    draws. So no random state has to be saved, and a resumed run is the same run.
+        torch.manual_seed(mixed_seed(settings.seed, epoch))
         model.train()  # batch norm and stochastic depth behave differently in eval mode
         loss_sum, correct, norm_sum = torch.zeros(3, device=device)
         seen, points, started = 0, [], time.perf_counter()
 
-        for images, labels in progress(batches, f"epoch {epoch}/{epochs}", steps_per_epoch):
+        for images, labels in progress(train_batches, f"epoch {epoch}/{epochs}", steps_per_epoch):
             seen += len(labels)
             images, labels = distributed.own_part(images.to(device), labels.to(device))
 
             # 2. Learning rate: a function of the step, so there is no scheduler state to save.
-            lr = float(lr_at(step, total_steps, settings.warmup, settings.lr))
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1)  # see optimizers.py
+                group["lr"] = float(lr_at(step, total_steps, settings.warmup, group["initial_lr"]))
 
             # 3. Forward: in half precision where that is fast and safe, but the loss in float32.
             #    Sums stay on the device, because reading one at every step would make a GPU wait.
-            with autocast:
+            with own_random_numbers(device, settings.seed, epoch, seen), autocast:
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
             loss_sum += loss.detach() * len(labels)  # without detach the graph would be kept
-            correct += (logits.argmax(1) == class_numbers(labels)).sum()
+            correct += (logits.argmax(1) == class_indices(labels)).sum()
 
             # 4. Backward: the scaler enlarges the loss, so that small float16 gradients do not
             #    become 0. Under torchrun gradients become the mean over the processes here.
             scaler.scale(loss).backward()
 
             # 5. Step: gradients are unscaled first, because clipping needs their true norm. Without
-            #    clipping the norm is only measured. It is infinite where float16 skips the step.
+            #    clipping it is only measured. It is not finite where float16 skips the step.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
             norm_sum += norm.nan_to_num(posinf=0)
@@ -126,24 +126,24 @@ def train(
             scaler.update()
             optimizer.zero_grad()  # or the next gradients would be added to these
             step += 1
-            points.append({"loss": loss.detach(), "gradient norm": norm} | rates(optimizer))
+            values = {"loss": loss.detach(), "gradient norm": norm}
+            points.append(values | learning_rates(optimizer))
 
             # 6. Average: a moving average of the weights usually scores higher than the last ones.
             if ema is not None:
                 update_average(ema, network, step, settings.ema_decay)
 
         loss_sum, correct = distributed.summed(loss_sum, correct)
-        row = {"epoch": epoch, "step": step, "lr": lr}
+        row = {"epoch": epoch, "step": step, "grad_norm": norm_sum.item() / len(points)}
         row |= {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
-        row |= {"grad_norm": norm_sum.item() / len(points)}
         epoch_seconds = time.perf_counter() - started  # after .item(), which waits for the GPU
         seconds += epoch_seconds
         row |= {"seconds": seconds, "images_per_second": seen / epoch_seconds}
 
         # 7. Validate (the averaged weights). This chooses best.pt; the test set never does.
-        scored = network if ema is None else ema
+        evaluated = network if ema is None else ema
         distributed.average_statistics(network, ema)
-        scores, answers = validate(scored, val_batches, settings, autocast)
+        scores, outputs = validate(evaluated, val_batches, settings, autocast)
         row |= scores
         check_finite(network, row, settings)
 
@@ -151,9 +151,9 @@ def train(
         history.append(row)
         log_epoch(logs, row, points)
         if pictures is not None:
-            pictures(logs, row, scored, answers)
+            pictures(logs, row, evaluated, outputs)
 
-        # 9. Save: an interruption loses one epoch at most. What is replaced goes only now.
+        # 9. Save: an interruption loses one epoch at most. Curves of a replaced run go only now.
         if is_best(row, best):
             best = {"epoch": epoch, "val_accuracy": row["val_accuracy"]}
         last = metadata | {"epoch": epoch, "step": step, "best": best, "history": history}
@@ -172,43 +172,22 @@ def progress(batches, title: str, steps: int):
     """The first `steps` batches, with a progress bar where there is a terminal.
 
     Raises:
-        Stopped: a signal to stop came while the last one was used.
+        Stopped: a signal came during a step; the step is finished.
     """
     for batch in tqdm(itertools.islice(batches, steps), title, steps, leave=False, disable=None):
         yield batch
         stop_if_asked()
 
 
-def drawn_apart(batches, seed: int):
-    """The batches. Between them, PyTorch's generators have a state of their own, made from `seed`.
+@contextlib.contextmanager
+def own_random_numbers(device: torch.device, *numbers: int):
+    """Seed PyTorch's generators in the block with `numbers` and the process; restore them after it.
 
-    So a network that draws (stochastic depth) changes no batch, and may draw other numbers in each
-    process while all of them get the same batches.
+    So what a network draws, as in stochastic depth, changes no batch and differs between processes.
     """
-    batches, batch_states = iter(batches), random_states()
-    torch.manual_seed(seed)  # from here on the generators are the network's
-    while True:
-        network_states = random_states()
-        set_random_states(batch_states)
-        batch = next(batches, None)
-        batch_states = random_states()
-        set_random_states(network_states)
-        if batch is None:
-            return
-        yield batch
-
-
-def random_states() -> list[torch.Tensor]:
-    """The states of PyTorch's generators: the CPU's, and that of the GPU in use."""
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def set_random_states(states: list[torch.Tensor]) -> None:
-    """Set what `random_states` returned."""
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(mixed_seed(*numbers, 1 + distributed.rank()))
+        yield
 
 
 def limited_length(batches, limit: int | None) -> int:
@@ -233,8 +212,8 @@ def lr_at(step: int, total_steps: int, warmup: float, peak: float) -> float:
     return peak * (total_steps - step) / (total_steps - warmup_steps)
 
 
-def class_numbers(labels: torch.Tensor) -> torch.Tensor:
-    """Class numbers (B,): `labels` themselves, or the class of the largest weight (B, C).
+def class_indices(labels: torch.Tensor) -> torch.Tensor:
+    """Class indices (B,): `labels` themselves, or the most probable class of each row (B, C).
 
     So with mixed images the training accuracy counts the class that is more visible.
     """
@@ -248,11 +227,10 @@ def update_average(ema: nn.Module, network: nn.Module, step: int, decay: float) 
     d = min(decay, (1 + step) / (10 + step)): a young average forgets the random start faster.
     """
     # Batch-norm statistics are buffers, not parameters; so the state dicts are averaged.
-    d = min(decay, (1 + step) / (10 + step))
-    new = network.state_dict()
-    old = {name: value for name, value in ema.state_dict().items() if value.is_floating_point()}
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(d)  # one call for all tensors
-    average(list(old.values()), [new[name] for name in old], None)
+    d, new = min(decay, (1 + step) / (10 + step)), network.state_dict()
+    for name, average in ema.state_dict().items():
+        if average.is_floating_point():  # not the number of batches that batch norm has seen
+            average.lerp_(new[name], 1 - d)
 
 
 @torch.no_grad()
@@ -266,16 +244,16 @@ def validate(network, batches, settings, autocast) -> tuple[dict, tuple | None]:
     network.eval()  # batch norm uses its running statistics, not those of the batch
     device = next(network.parameters()).device
     own = slice(distributed.rank(), None, distributed.world_size())  # rows of this process
-    answers, labels = [], []
+    outputs, labels = [], []
     steps = limited_length(batches, settings.limit_batches)
     for images, numbers in progress(batches, "validation", steps):
         with autocast:
             part = network(images[own].to(device)).float()
         # Rows of the other processes are 0 here, so a sum puts all together, each image once.
-        answers.append(part.new_zeros(len(images), part.shape[1]))
-        answers[-1][own] = part
-        labels.append(class_numbers(numbers.to(device)))
-    logits, labels = torch.cat(answers), torch.cat(labels)
+        outputs.append(part.new_zeros(len(images), part.shape[1]))
+        outputs[-1][own] = part
+        labels.append(class_indices(numbers.to(device)))
+    logits, labels = torch.cat(outputs), torch.cat(labels)
     distributed.summed(logits)
     loss = F.cross_entropy(logits, labels).item()
     correct = (logits.argmax(1) == labels).sum().item()

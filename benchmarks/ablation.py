@@ -69,7 +69,7 @@ def sgd(model, settings):
         group.append(p)
     groups = [
         {"params": weights, "weight_decay": 5e-4},
-        {"params": biases, "lr_scale": getattr(settings, "norm_bias_lr", 1.0)},
+        {"params": biases, "lr": settings.lr * getattr(settings, "norm_bias_lr", 1.0)},
         {"params": others},
     ]
     return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
@@ -77,7 +77,7 @@ def sgd(model, settings):
 
 def with_sgd(*changes, **settings) -> Variant:
     """The CNN trained by SGD. It has ReLU if no other change is given."""
-    return Variant(changes or (relu,), {"lr": 0.15, "erase": 0} | settings, sgd)
+    return Variant(changes or (relu,), {"lr": 0.15, "erase": 0, "shift": 2} | settings, sgd)
 
 
 def recipe_cnn(**settings) -> Variant:
@@ -116,7 +116,7 @@ VARIANTS = {
         "recipe, no erasing": recipe_cnn(erase=0),
         "recipe, no average": recipe_cnn(ema_decay=0.0),
         "recipe, mix": recipe_cnn(mix=0.5),
-        "recipe, auto-augment": recipe_cnn(auto_augment=True),
+        "recipe, trivial-augment": recipe_cnn(trivial_augment=True),
     },
     "vit": {
         "plain": plain_vit(),

@@ -130,6 +130,7 @@ def append(file: Path, result: dict) -> None:
     """Append a line to a JSONL file: the result with device, versions and date."""
     result |= {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "date": str(datetime.date.today()),

@@ -9,10 +9,10 @@ r"""All that is to be measured on a GPU, in three parts of at most eight minutes
 2. The best CNN recipe with three seeds, beside separable-resnet's for as many epochs.
 3. The best ViT recipe with three seeds, beside that of Gani et al. for as many epochs.
 
-In parts 2 and 3 the trainings share the GPU, so their times do not measure speed. When the time is
-up, unfinished trainings are stopped, and the weights reached by then are measured. Writes logs, a
+In parts 2 and 3 the runs share the GPU, so their times do not measure speed. When the time is
+up, unfinished runs are stopped, and the weights reached by then are measured. Writes logs, a
 JSON file per part and weights in half precision into --out-dir, and prints a table. --tiny: a few
-steps each, one training after the other in this process, to try the script on a CPU.
+steps each, one run after the other in this process, to try the script on a CPU.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def run_folder(args, name: str) -> Path:
 
 
 def training_job(args, name: str, model: str, seed: int, *flags: str) -> Job:
-    """A training of ours, in --out-dir/runs/<name>."""
+    """A run of ours, in --out-dir/runs/<name>."""
     argv = ["--dataset", "folder", "--data-dir", str(args.data_dir), *flags, *args.limits]
     argv += ["--seed", str(seed), "--out-dir", str(run_folder(args, name)), "--overwrite"]
     return Job(name, SCRIPTS[model], argv)
@@ -110,7 +110,7 @@ def measured(args, names: list[str], target: float) -> dict:
 
 
 def fast_recipes(args) -> dict:
-    """Part 1: trainings one after the other, then images per second."""
+    """Part 1: runs one after the other, then images per second."""
     results = {}
     for kind in ("fast", "fast-512"):
         for model, target in (("cnn", 0.9), ("vit", 0.711)):

@@ -155,13 +155,14 @@ def in_our_loop(name: str, data, batches, steps: int) -> float:
     classes = len(data.classes)
     model = NETWORKS[name](classes).to(DEVICE, memory_format=torch.channels_last)
     settings = {"clip": 1.0 if name == "vit" else 0.0, "limit_batches": steps, "classes": classes}
+    settings["amp"] = "off"  # as the notebook
     optimizer = notebook_optimizer(name, model)
     return train_for(model, optimizer, batches, None, **settings)[0]["images_per_second"]
 
 
 def our_recipe(name: str, data, images: int) -> float:
     """Images per second of our network and recipe, for about as many images."""
-    settings = recipe_settings(name, epochs=1, classes=len(data.classes))
+    settings = recipe_settings(name, epochs=1, classes=len(data.classes), amp="off")
     settings.limit_batches = max(1, images // settings.batch_size)
     batches, _ = make_batches(data, settings, DEVICE)
     model, optimizer = new_training(name, settings, next(iter(batches))[0])

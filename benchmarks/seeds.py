@@ -72,7 +72,7 @@ def main(argv=None):
     add = parser.add_argument
     add("network", choices=SCRIPTS, help="which script")
     add("--seeds", type=integer(0, 2**63 - 1), nargs="+", default=[0, 1, 2], metavar="N",
-        help="one training each")  # fmt: skip
+        help="one run each")  # fmt: skip
     add("--target", type=real(0, 1), required=True, metavar="X",
         help="validation accuracy to reach, 0 to 1")  # fmt: skip
     add("--out-dir", type=path_type, default=Path("runs"), metavar="DIR", help="for the runs")

@@ -67,7 +67,7 @@ def main(argv=None):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(target)
         common = ["--dataset", "folder", "--data-dir", str(root / "images")]
-        common += ["--no-flip", "--epochs", str(args.epochs), "--batch-size", "32"]
+        common += ["--no-flip", "--shift", "2", "--epochs", str(args.epochs), "--batch-size", "32"]
         for name, script in (("cnn", train_cnn), ("vit", train_vit)):
             script.main([*common, "--out-dir", str(root / name)])
             (model,) = load_models([str(root / name / "best.pt")], "cpu")

@@ -8,7 +8,7 @@ Times these in one process, in turn, for several rounds of the same number of st
 - `bare`: forward, backward and step on one batch that is on the device already;
 - `loop`: `training.train` on that batch (with clipping, averaged weights, sums, logs);
 - `batches`: `training.train` on shuffled and augmented batches, as the recipe trains;
-- `auto-augment`: the same with automatic augmentation and mixing;
+- `augmented`: the same with TrivialAugment and mixing;
 - `... bf16`, `... off` (--amp bf16 off): the same in bfloat16, in float32;
 - `... compiled` (--compile): the same after torch.compile.
 
@@ -139,7 +139,7 @@ def noise(count: int) -> Data:
 def measure(name: str, args) -> dict:
     """Time all ways of training; return what is printed and saved."""
     settings, steps = recipe_settings(name, epochs=1), args.steps
-    augmented = recipe_settings(name, auto_augment=True, mix=0.5)
+    augmented = recipe_settings(name, trivial_augment=True, mix=0.5)
     data = noise(settings.batch_size * steps)
     batches, _ = make_batches(data, settings, DEVICE)
     one = next(iter(batches))
@@ -147,7 +147,7 @@ def measure(name: str, args) -> dict:
         "bare": None,
         "loop": [one] * steps,
         "batches": batches,
-        "auto-augment": make_batches(data, augmented, DEVICE)[0],
+        "augmented": make_batches(data, augmented, DEVICE)[0],
     }
     timed = {}
     compiled = ("", " compiled")[: 1 + args.compile]
@@ -179,7 +179,7 @@ def summarise(seconds: dict[str, list[float]], images: int) -> dict[str, dict]:
     ways = {}
     for way, values in seconds.items():
         row = ways[way] = {"images_per_second": round(images / statistics.median(values), 1)}
-        if way.startswith(("batches", "auto-augment")):  # what drawing and augmenting cost
+        if way.startswith(("batches", "augmented")):  # what drawing and augmenting cost
             loop = seconds[" ".join(["loop", *way.split(" ")[1:]])]
             row["times_loop"] = round(statistics.median(ratios(values, loop)), 3)
         bare = ratios(values, next(iter(seconds.values())))  # the first way

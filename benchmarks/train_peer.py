@@ -33,7 +33,7 @@ SETTINGS = {
     "vit": {"lr": 1e-3, "batch_size": 128, "mix": 1.0},
 }
 SHARED = {"label_smoothing": 0.1, "clip": 1.0}
-AUGMENTATION = {"flip": True, "auto_augment": True, "erase": 12}
+AUGMENTATION = {"flip": True, "trivial_augment": True, "erase": 12}
 
 
 def cosine_restarts(step: int, total_steps: int, warmup: float, peak: float, epochs: int) -> float:
@@ -86,7 +86,7 @@ def train_peer(peer: str, data, args) -> dict:
     batches = Batches(data.train, settings["batch_size"], train=True, **augmentation, **common)
     val_batches, test_batches = (Batches(split, 500, **common) for split in (data.val, data.test))
     changes = {"epochs": args.epochs, "seed": args.seed, "limit_batches": args.limit_batches}
-    changes |= {"lr": settings["lr"], "classes": classes, "lr_at": lr_at}
+    changes |= {"classes": classes, "lr_at": lr_at}
     started, finished = time.perf_counter(), False
     try:
         train_for(model, optimizer, batches, val_batches, **SHARED, **changes)

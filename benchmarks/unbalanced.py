@@ -53,7 +53,7 @@ def main(argv=None):
         images, out_dir = Path(name) / "images", Path(name) / "run"
         write_digits(images)
         flags = ["--dataset", "folder", "--data-dir", images, "--recipe", "plain", "--no-flip"]
-        flags += ["--batch-size", 32, "--epochs", args.epochs, "--pictures", "off"]
+        flags += ["--shift", 2, "--batch-size", 32, "--epochs", args.epochs, "--pictures", "off"]
         for balance in ("--no-balance", "--balance"):
             for seed in range(args.seeds):
                 run_flags = ["--seed", seed, balance, "--out-dir", out_dir, "--overwrite"]

@@ -136,7 +136,7 @@ def epoch_of(batches, seed):
 
 
 def test_training_batches_depend_on_the_seed_alone(colours):
-    all_on = {"flip": True, "shift": 4, "erase": 8, "auto_augment": True}
+    all_on = {"flip": True, "shift": 4, "erase": 8, "trivial_augment": True}
     drawn = Batches(colours, 16, **PLAIN, train=True, **all_on)
     (x1, y1), (x2, y2), (_, y3) = (epoch_of(drawn, s) for s in (1, 1, 2))
     assert torch.equal(x1, x2) and torch.equal(y1, y2)
@@ -197,7 +197,7 @@ def test_taught_labels_give_the_mean_of_two_losses():
 
 
 def test_validation_is_left_alone_by_augmentation(colours):
-    all_on = {"flip": True, "shift": 4, "erase": 8, "auto_augment": True, "mix": 1.0}
+    all_on = {"flip": True, "shift": 4, "erase": 8, "trivial_augment": True, "mix": 1.0}
     drawn = Batches(colours, 64, **PLAIN, train=False, **all_on)
     plain, _ = next(iter(Batches(colours, 64, **PLAIN)))
     for seed in (1, 2):
@@ -272,6 +272,16 @@ def test_damaged_cifar10_archive_is_refused(tmp_path, monkeypatch):
     make_archive(tmp_path, monkeypatch)
     monkeypatch.setattr(CIFAR10, "url", "file:///nowhere")
     (tmp_path / CIFAR10.filename).write_bytes(b"half of it")
+    with pytest.raises(UserError, match="cannot get CIFAR-10"):
+        load_data("cifar10", tmp_path)
+
+
+def test_a_broken_connection_is_no_fault_of_the_disk(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(data, "CIFAR10", broken)
+    broken.base_folder, broken.filename = CIFAR10.base_folder, CIFAR10.filename
     with pytest.raises(UserError, match="cannot get CIFAR-10"):
         load_data("cifar10", tmp_path)
 

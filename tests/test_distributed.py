@@ -15,7 +15,7 @@ import distributed
 import train_cnn
 import train_vit
 import training
-from batches import Batches
+from batches import Batches, mixed_seed
 from checkpoint import load_checkpoint, make_metadata, save_checkpoint
 from cli import UserError
 from data import Split
@@ -74,9 +74,9 @@ def train_steps(name: str, folder, val_images: int, draws: list | None = None) -
                  "sizes": [36, val_images, 0]},
     )  # fmt: skip
     settings = TrainingSettings(
-        out_dir=folder, epochs=1, lr=0.1, label_smoothing=0.1, clip=1.0, ema_decay=0.9
+        out_dir=folder, epochs=1, label_smoothing=0.1, clip=1.0, ema_decay=0.9
     )
-    train(model, torch.optim.SGD(model.parameters()), batches, val, settings, metadata)
+    train(model, torch.optim.SGD(model.parameters(), 0.1), batches, val, settings, metadata)
 
 
 @pytest.mark.parametrize(("name", "number"), [("vit", 2), ("vit", 3), ("cnn", 2)])
@@ -112,12 +112,14 @@ def test_batches_are_the_same_whatever_the_network_draws():
     expected = [torch.rand(2) for _ in range(3)]
     torch.manual_seed(5)
     found, own = [], []
-    for batch in training.drawn_apart((torch.rand(2) for _ in range(3)), 1):
-        found.append(batch)
-        own.append(torch.rand(1 + len(own)))
+    for step in range(3):
+        found.append(torch.rand(2))
+        with training.own_random_numbers(torch.device("cpu"), 1, step):
+            own.append(torch.rand(1 + step))
     assert all(map(torch.equal, found, expected))
-    torch.manual_seed(1)
-    assert all(torch.equal(numbers, torch.rand(1 + i)) for i, numbers in enumerate(own))
+    for step, numbers in enumerate(own):
+        torch.manual_seed(mixed_seed(1, step, 1))
+        assert torch.equal(numbers, torch.rand(1 + step))
 
 
 def statistics() -> None:
@@ -125,7 +127,7 @@ def statistics() -> None:
     norm.running_mean.fill_(distributed.rank())
     distributed.average_statistics(norm, None)
     assert norm.running_mean.tolist() == [0.5, 0.5] and norm.num_batches_tracked == 0
-    with pytest.raises(UserError, match="3 images does not divide among 2 processes"):
+    with pytest.raises(UserError, match="3 images is not divisible by 2 processes"):
         distributed.own_part(torch.zeros(3))
 
 
@@ -161,7 +163,29 @@ def test_the_run_id_of_an_older_run_is_refused(tmp_path, monkeypatch, trained, f
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     said = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path, "--overwrite")
-    assert "torchrun: give a new --rdzv-id: " in said
+    assert "torchrun: --rdzv-id x was used before, for the run in" in said
+
+
+def test_a_restart_does_not_replace_a_run_that_was_refused(tmp_path, monkeypatch, trained, fails):
+    """With --max-restarts torchrun starts again after any failure, also after a refusal."""
+    saved = load_checkpoint(trained["cnn"])
+    for name in ("best", "last"):
+        save_checkpoint(tmp_path / f"{name}.pt", saved)
+    environment = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": 1}
+    for name, value in (environment | {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}).items():
+        monkeypatch.setenv(name, str(value))
+    argv = ["--dataset", "digits", "--out-dir", tmp_path]
+    assert "holds a run already" in fails(train_cnn.main, *argv)
+    # Killed between the two files of its own first epoch, it does start again.
+    (tmp_path / "last.pt").unlink()
+    saved["settings"]["run_id"] = "x"
+    save_checkpoint(tmp_path / "best.pt", saved)
+    monkeypatch.setattr(train_cnn, "prepare", started)
+    assert "started" in fails(train_cnn.main, *argv)
+
+
+def started(*_):
+    raise UserError("started")
 
 
 def start_apart() -> None:
@@ -202,7 +226,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, fails):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3}.items():
         monkeypatch.setenv(name, str(value))
     said = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path / "x")
-    assert "a batch of 32 images does not divide among 3 processes: choose another --batch" in said
+    assert "a batch of 32 images is not divisible by 3 processes: choose another --batch" in said
 
 
 def killed(*argv) -> None:

@@ -383,7 +383,7 @@ def test_the_image_size_and_the_order_of_classes_come_with_the_weights(tmp_path,
     state["classes"] = state["classes"][::-1]  # the same classes, in another order
     for key in ("head.weight", "head.bias"):
         state["model"][key] = state["model"][key].flip(0)
-    del state["self_test"]
+    state["self_test"].reverse()
     checkpoint.save_checkpoint(first, state)
     train_cnn.main([*argv, "--lr", "1e-12", "--muon-lr", "1e-12", "--init", str(first),
                     "--out-dir", str(tmp_path / "second")])  # fmt: skip
@@ -399,7 +399,7 @@ def test_a_checkpoint_that_names_no_arguments_has_those_of_the_network(tmp_path,
     state = checkpoint.load_checkpoint(tmp_path / "first" / "last.pt")
     model = checkpoint.build_model("cnn", {"classes": 10})
     state |= {"model_config": {"classes": 10}, "model": model.state_dict(), "ema": None}
-    del state["self_test"]
+    state["self_test"] = checkpoint.self_test(model.eval(), state)
     checkpoint.save_checkpoint(tmp_path / "hand.pt", state)
     argv = [*DIGITS, "--init", tmp_path / "hand.pt", "--out-dir", tmp_path / "out"]
     line = fails(train_cnn.main, *argv, "--stem", 4)
@@ -435,3 +435,16 @@ def test_a_finished_run_points_to_init(trained, capsys):
     train_cnn.main(["--resume", "--out-dir", str(trained["cnn"].parent)])
     assert "is finished: 2 of 2 epochs are done" in (out := capsys.readouterr().out)
     assert f"--init {trained['cnn']}" in out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("Allocation on device 0"),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")],
+)  # fmt: skip
+def test_out_of_memory_is_one_line(error, fails):
+    @cli.command
+    def main(argv=None):
+        raise error
+
+    assert "out of memory: use --device cpu or, in training, smaller batches" in fails(main)

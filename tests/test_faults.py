@@ -17,6 +17,7 @@ from conftest import TINY_CNN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint as checkpoint_module
+import settings as settings_module
 import stopping
 import train_cnn
 import training
@@ -25,6 +26,14 @@ from checkpoint import load_checkpoint
 ARGV = ["--dataset", "digits", "--recipe", "fast", "--device", "cpu", "--amp", "off"]
 ARGV += ["--epochs", "3", *TINY_CNN, "--pictures", "off"]
 ARGV += ["--limit-batches", "10"]
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Where the suite runs as a shell's background job, SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +103,7 @@ def test_a_signal_ends_after_a_step(tmp_path, whole, capsys, monkeypatch, number
     assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     err = capsys.readouterr().err
     if when == "first epoch":
-        assert "stopped before an epoch was saved: start again as before" in err
+        assert "stopped before the first checkpoint was saved: run the same" in err
     else:
         assert f"python train_cnn.py --resume --out-dir {tmp_path}\n" in err
     assert steps[-1] == {"step": 25, "validation": 20, "first epoch": 7}[when]
@@ -147,7 +156,29 @@ def test_the_command_to_resume_is_not_that_of_a_run_to_replace(tmp_path, whole):
 
     with pytest.raises(stopping.Stopped) as end:
         stopping.finishing_steps(train)(None, None, None, None, settings)
-    assert "start again as before" in stopping.how_to_resume(end.value, "x.py")
+    assert "run the same command" in stopping.how_to_resume(end.value, "x.py")
+
+
+def test_a_resumed_run_does_not_replace_itself(tmp_path, interrupted):
+    """Though it was begun with --overwrite."""
+    interrupted(train_cnn.main, *ARGV, "--overwrite", "--out-dir", tmp_path)
+    parser = settings_module.training_parser("", train_cnn.RECIPE, train_cnn.CHANGES)
+    argv = ["--resume", "--out-dir", str(tmp_path)]
+    flags, _ = settings_module.parse_flags(parser, argv, "cnn", train_cnn.CHANGES)
+    assert flags.resume and not flags.overwrite
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """SIGINT, in a background job of a shell script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def train(model, optimizer, train_batches, val_batches, settings):
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    settings = training.TrainingSettings(out_dir=tmp_path)
+    found = stopping.finishing_steps(train)(None, None, None, None, settings)
+    after = signal.signal(signal.SIGINT, before)
+    assert found[0] == after == signal.SIG_IGN and callable(found[1])
 
 
 def forked(function, *args) -> mp.ProcessContext:

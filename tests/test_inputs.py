@@ -7,6 +7,7 @@ import shutil
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import evaluate
 import explain
 import figures
 import folders
+import prepare
 import train_cnn
 import train_vit
 from batches import CORRUPTIONS, Batches
@@ -577,7 +579,7 @@ def test_an_older_checkpoint_with_decomposed_names_knows_its_classes(tmp_path):
 def test_checkpoints_that_a_figure_does_not_show_are_counted(
     trained, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(charts, "MOST_MATRICES", 1)
+    monkeypatch.setattr(charts, "MAX_MATRICES", 1)
     monkeypatch.setattr(evaluate, "write_tensorboard", lambda *_: None)  # it takes seconds
     evaluate.main([*map(str, trained.values()), "--out-dir", str(tmp_path)])
     out = capsys.readouterr().out
@@ -625,10 +627,10 @@ def test_remarks_are_bounded(tmp_path, capsys):
 
 def test_figures_of_attention_are_bounded(trained, monkeypatch):
     """Of very many, the last layers, the first heads and the first images."""
-    assert explain.MOST_LAYERS == 24 and explain.MOST_HEADS == 16 and explain.MOST_ROWS == 8
-    monkeypatch.setattr(explain, "MOST_LAYERS", 1)
-    monkeypatch.setattr(explain, "MOST_HEADS", 1)
-    monkeypatch.setattr(explain, "MOST_ROWS", 2)
+    assert explain.MAX_LAYERS == 24 and explain.MAX_HEADS == 16 and explain.MAX_ROWS == 8
+    monkeypatch.setattr(explain, "MAX_LAYERS", 1)
+    monkeypatch.setattr(explain, "MAX_HEADS", 1)
+    monkeypatch.setattr(explain, "MAX_ROWS", 2)
     (model,) = load_models([str(trained["vit"])], torch.device("cpu"))  # two layers, two heads
     split = load_data("digits", ".").test.subset(torch.arange(3))
     pictures = [np.zeros((32, 32, 3), np.uint8)] * 3
@@ -660,6 +662,32 @@ def test_a_moved_set_whose_test_images_may_have_been_trained_on(tmp_path, capsys
     solid(tmp_path / "b" / "cat" / "more.png")
     load_data_for(models, None, tmp_path / "b")
     assert "run was trained on other files" in capsys.readouterr().err
+
+
+def test_checkpoints_with_other_validation_images_share_their_test_images(tmp_path):
+    classes_of(tmp_path / "a", "cat", "dog")
+    for run, fraction in (("one", "0.2"), ("two", "0.4")):
+        argv = folder_flags(tmp_path / "a", "--val-fraction", fraction)
+        train_cnn.main([*argv, "--out-dir", str(tmp_path / run)])
+    paths = [str(tmp_path / run / "best.pt") for run in ("one", "two")]
+    assert len(load_data_for(load_models(paths, torch.device("cpu")), None, None).test) == 4
+
+
+def test_a_checkpoint_that_names_no_folder_has_the_usual_one(trained, monkeypatch):
+    """As one that `train` wrote when called by hand."""
+    (model,) = load_models([str(trained["cnn"])], torch.device("cpu"))
+    model.checkpoint["dataset"] |= {"name": "", "data_dir": ""}
+    found = []
+    monkeypatch.setattr(prepare, "load_data", lambda *args, **_: found.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_data_for([model], "cifar10", None)
+    assert found == [("cifar10", Path("data"))]
+
+
+def test_folders_of_a_disk_station_are_no_classes(tmp_path):
+    classes_of(tmp_path, "cat", "dog")
+    solid(tmp_path / "@eaDir" / "cat" / "thumb.jpg")
+    assert load_data("folder", tmp_path).classes == ["cat", "dog"]
 
 
 def test_every_image_once_where_there_are_fewer_than_asked(three, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_augmented_images_are_those_of_the_epochs_first_batch(runs, monkeypatch)
     assert np.array_equal(first, first[::4, ::4].repeat(4, 0).repeat(4, 1))
 
     def loop(model, optimizer, train_batches, val_batches, settings, metadata, *rest):
-        torch.manual_seed(training.epoch_seed(settings.seed, 2))
+        torch.manual_seed(training.mixed_seed(settings.seed, 2))
         images, _ = next(iter(train_batches))
         seen.append(images[0] * train_batches.std + train_batches.mean)
         raise KeyboardInterrupt

@@ -89,7 +89,7 @@ def test_a_wrapped_model_leaves_no_prefix(tmp_path, wrapper, ema_decay):
         model = wrap(network)
         assert unwrap(model) is network
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        settings = TrainingSettings(out_dir=tmp_path / name, lr=0.1, ema_decay=ema_decay)
+        settings = TrainingSettings(out_dir=tmp_path / name, ema_decay=ema_decay)
         metadata = make_metadata("cnn", CONFIG, **FACTS)
         training.train(model, optimizer, batches, batches, settings, metadata)
         results.append([load_checkpoint(tmp_path / name / f"{f}.pt") for f in ("best", "last")])
@@ -200,6 +200,16 @@ def test_intermediates_are_checked_before_the_first_step(tmp_path, monkeypatch, 
         training.train(
             model, torch.optim.SGD(model.parameters()), batches, None, settings, metadata
         )
+
+
+def test_metadata_may_have_numbers_of_numpy(tmp_path):
+    """Those could not be loaded again."""
+    numbers = {"mean": np.full(3, 0.5), "std": np.full(3, 0.25, dtype=np.float32)}
+    metadata = make_metadata("cnn", CONFIG, **FACTS | numbers, settings={"lr": np.float64(0.1)})
+    model, batches = CNN(**CONFIG), [(IMAGES, torch.arange(16) % 10)]
+    optimizer, settings = torch.optim.SGD(model.parameters()), TrainingSettings(out_dir=tmp_path)
+    training.train(model, optimizer, batches, None, settings, metadata)
+    assert load_checkpoint(tmp_path / "last.pt")["std"] == [0.25] * 3
 
 
 def test_a_network_changed_after_it_was_built_is_refused(tmp_path):
