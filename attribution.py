@@ -3,11 +3,11 @@
     B batch   C classes   K feature channels   h, w feature map   H, W image
     N tokens = 1 class token + P patches
 
-Each method is a function `(run, weights, layer) -> maps (B, h, w)`, and a row of `METHODS`, the
-table at the end. `run` is a forward pass: the logits, and what `forward_features` returns on the
-way (see `models.py`), so methods need no hooks, and several can share one pass. `weights` (B, C)
-choose the score that is explained, the sum of weights × logits: 1 for a class; 1 and -1 for the
-difference of two. `layer` counts as a list does: -1 is the last.
+Each method is a function `(forward, weights, layer) -> maps (B, h, w)`, and a row of `METHODS`, at
+the end. `forward` is a `ForwardPass`: the logits, and what `forward_features` returns on the way
+(see `models.py`). So methods need no hooks, and several can share one pass. `weights` (B, C) choose
+the score that is explained, the sum of weights × logits: 1 for a class; 1 and -1 for the difference
+of two. `layer` counts as a list does: -1 is the last.
 """
 
 import contextlib
@@ -103,8 +103,8 @@ def attribute(model, images, targets, method="grad-cam", *, versus=None, layer=-
     """
     row = METHODS[method]
     last_map_only = row.takes_layer and layer == -1
-    run = forward_pass(model, images, graph=row.gradients, last_map_only=last_map_only)
-    return row.compute(run, weights_of(targets, versus, run.logits), layer).detach()
+    forward = forward_pass(model, images, graph=row.gradients, last_map_only=last_map_only)
+    return row.compute(forward, weights_of(targets, versus, forward.logits), layer).detach()
 
 
 def weights_of(targets: torch.Tensor, versus: torch.Tensor | None, logits) -> torch.Tensor:
@@ -128,54 +128,54 @@ def token_map(tokens: torch.Tensor) -> torch.Tensor:
     return patch_grid(tokens[:, 1:].transpose(1, 2))
 
 
-def map_and_gradient(run: ForwardPass, weights: torch.Tensor, layer: int):
+def map_and_gradient(forward: ForwardPass, weights: torch.Tensor, layer: int):
     """A layer's features and the score's gradient by them, both (B, K, h, w).
 
     Features are a stage's map or, of a network without maps, the tokens that enter a block's
     attention. (At the last block's output the gradient by the patches is exactly 0.)
     """
-    if "map" in run.layers:
-        A = run.layers["map"][layer]
-        return A, run.gradient(weights, A)
-    A = run.layers["tokens"][layer]
-    return token_map(A), token_map(run.gradient(weights, A))
+    if "map" in forward.layers:
+        A = forward.layers["map"][layer]
+        return A, forward.gradient(weights, A)
+    A = forward.layers["tokens"][layer]
+    return token_map(A), token_map(forward.gradient(weights, A))
 
 
-def grad_cam(run: ForwardPass, weights: torch.Tensor, layer: int = -1) -> torch.Tensor:
+def grad_cam(forward: ForwardPass, weights: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, eq. 1 and 2), without its ReLU.
 
     So values below 0 are evidence against the class, and no map is empty.
     """
-    A, gradient = map_and_gradient(run, weights, layer)
+    A, gradient = map_and_gradient(forward, weights, layer)
     alpha = gradient.mean((2, 3))  # eq. 1: (B, K)
     return torch.einsum("bk,bkhw->bhw", alpha, A)  # eq. 2
 
 
-def layer_cam(run: ForwardPass, weights: torch.Tensor, layer: int = -1) -> torch.Tensor:
+def layer_cam(forward: ForwardPass, weights: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """LayerCAM (Jiang et al. 2021, IEEE TIP 30), without its ReLU.
 
     Each cell has its own weights, so maps of early layers are useful too.
     """
-    A, gradient = map_and_gradient(run, weights, layer)
+    A, gradient = map_and_gradient(forward, weights, layer)
     return (gradient.relu() * A).sum(1)
 
 
 @torch.no_grad()
-def class_maps(run: ForwardPass) -> torch.Tensor | None:
+def class_maps(forward: ForwardPass) -> torch.Tensor | None:
     """The Grad-CAM of every class at the last map, (B, C, h, w), from one product.
 
     After an average and a linear layer W, the gradient is W / (h w) for every image (Zhou et al.
     2016, arXiv 1512.04150, eq. 2). So the cells of a map add up to the logit without its bias.
     None: the network's head is something else.
     """
-    A = run.layers["map"][-1]
+    A = forward.layers["map"][-1]
     K, h, w = A.shape[1:]
     units = torch.eye(K, device=A.device)[:, :, None, None].expand(K, K, h, w)
-    with undisturbed(run.model):
-        bias = run.model.forward_head(torch.zeros_like(units[:1]))  # (1, C)
-        W = run.model.forward_head(units) - bias  # (K, C)
+    with undisturbed(forward.model):
+        bias = forward.model.forward_head(torch.zeros_like(units[:1]))  # (1, C)
+        W = forward.model.forward_head(units) - bias  # (K, C)
     maps = torch.einsum("kc,bkhw->bchw", W, A) / (h * w)
-    exact = torch.allclose(maps.sum((2, 3)) + bias, run.logits, rtol=1e-3, atol=1e-3)
+    exact = torch.allclose(maps.sum((2, 3)) + bias, forward.logits, rtol=1e-3, atol=1e-3)
     return maps if exact else None
 
 
@@ -190,9 +190,9 @@ def class_token_maps(attention: torch.Tensor) -> torch.Tensor:
     return patch_grid(attention[..., 0, 1:] * attention.shape[-1])
 
 
-def last_attention(run: ForwardPass, weights=None, layer: int = -1) -> torch.Tensor:
+def last_attention(forward: ForwardPass, weights=None, layer: int = -1) -> torch.Tensor:
     """The class token's attention in a layer, mean of the heads; of no class."""
-    return class_token_maps(run.layers["attention"][layer].mean(1))
+    return class_token_maps(forward.layers["attention"][layer].mean(1))
 
 
 def rollout(attentions: list[torch.Tensor]) -> torch.Tensor:
@@ -207,16 +207,16 @@ def rollout(attentions: list[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def attention_rollout(run: ForwardPass, weights=None, layer=None) -> torch.Tensor:
+def attention_rollout(forward: ForwardPass, weights=None, layer=None) -> torch.Tensor:
     """The class token's row of the rollout; of no class."""
-    return class_token_maps(rollout(run.layers["attention"]))
+    return class_token_maps(rollout(forward.layers["attention"]))
 
 
-def relevance(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
+def relevance(forward: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
     """Gradient-weighted attention (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6): >= 0."""
-    attentions = run.layers["attention"]
+    attentions = forward.layers["attention"]
     R = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
-    for A, gradient in zip(attentions, run.gradient(weights, attentions), strict=True):
+    for A, gradient in zip(attentions, forward.gradient(weights, attentions), strict=True):
         A = (gradient * A).relu_().mean(1)  # eq. 5: (B, N, N)
         R = R + A @ R  # eq. 6
     return patch_grid(R[:, 0, 1:])
@@ -225,24 +225,24 @@ def relevance(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tens
 # ---------------------------------------------------------------- any network
 
 
-def input_x_gradient(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
+def input_x_gradient(forward: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
     """Input × gradient (Shrikumar et al. 2016, arXiv 1605.01713), summed over the colours."""
-    return (run.images * run.gradient(weights, run.images)).sum(1)  # (B, H, W)
+    return (forward.images * forward.gradient(weights, forward.images)).sum(1)  # (B, H, W)
 
 
 @torch.no_grad()
-def occlusion(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
+def occlusion(forward: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
     """By how much the score falls when one of 8×8 cells gets the mean colour.
 
     (Zeiler and Fergus 2014, arXiv 1311.2901, sec. 4.2.) It needs 64 more forward passes.
     """
-    cells = torch.eye(GRID**2, device=run.images.device)
+    cells = torch.eye(GRID**2, device=forward.images.device)
     cells = patch_grid(cells)[:, None, None]  # (64, 1, 1, 8, 8)
     drops = []
-    with undisturbed(run.model):
+    with undisturbed(forward.model):
         for cell in cells:
-            hidden = F.interpolate(cell, run.images.shape[2:])  # nearest
-            change = run.logits - run.model(run.images * (1 - hidden))
+            hidden = F.interpolate(cell, forward.images.shape[2:])  # nearest
+            change = forward.logits - forward.model(forward.images * (1 - hidden))
             drops.append((weights * change).sum(1))
     return patch_grid(torch.stack(drops, dim=1))
 
@@ -250,16 +250,16 @@ def occlusion(run: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tens
 # ---------------------------------------------------------------- of attention, positions, maps
 
 
-def attention_statistics(run: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_statistics(forward: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention distance in pixels and entropy in nats of each head, both (B, L, heads).
 
     Distance (Dosovitskiy et al. 2021, arXiv 2010.11929, app. D.7): how far apart the patches are,
     weighted by the attention among patches alone. Entropy is of all tokens; both are means over
     the queries.
     """
-    attention = torch.stack(run.layers["attention"], dim=1)  # (B, L, heads, N, N)
-    distance = patch_distances(attention.shape[-1] - 1, run.images.shape[-1]).to(attention.device)
-    patches = attention[..., 1:, 1:]
+    attention = torch.stack(forward.layers["attention"], dim=1)  # (B, L, heads, N, N)
+    patches, image_size = attention[..., 1:, 1:], forward.images.shape[-1]
+    distance = patch_distances(patches.shape[-1], image_size).to(attention.device)
     patches = patches / patches.sum(-1, keepdim=True)
     entropy = -(attention * attention.clamp(min=1e-30).log()).sum(-1)
     return (patches * distance).sum(-1).mean(-1), entropy.mean(-1)
@@ -300,9 +300,9 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 class Method:
     """An attribution method, as `explain.py` and `faithfulness.py` use it."""
 
-    compute: Callable  # (run, weights, layer) -> maps (B, h, w)
+    compute: Callable  # (forward, weights, layer) -> maps (B, h, w)
     title: str
-    needs: frozenset[str]  # any one of these intermediates suffices; empty: needs `forward` only
+    needs: frozenset[str]  # any one of these intermediates suffices; empty: logits suffice
     scale: str  # a key of `figures.SCALES`
     unit: str  # as it is written above maps
     default_with: str = ""  # used for networks that have this, unless --method says otherwise
@@ -344,10 +344,10 @@ def methods_for(model, image_size: int, layer: int = -1) -> tuple[list[str], dic
     One blank image tells. Of a network that offers nothing, the default is occlusion.
     """
     blank = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
-    run, reasons = forward_pass(model, blank), {}
+    forward, reasons = forward_pass(model, blank), {}
     for name, method in METHODS.items():
-        found = [run.layers[key] for key in ("map", "tokens", "attention")
-                 if key in method.needs & set(run.layers)]  # fmt: skip
+        found = [forward.layers[key] for key in ("map", "tokens", "attention")
+                 if key in method.needs & set(forward.layers)]  # fmt: skip
         if not method.needs:
             continue
         if not found:
@@ -357,12 +357,12 @@ def methods_for(model, image_size: int, layer: int = -1) -> tuple[list[str], dic
         if name in reasons:
             continue
         try:
-            maps = method.compute(run, torch.ones_like(run.logits), layer)
+            maps = method.compute(forward, torch.ones_like(forward.logits), layer)
         except RuntimeError:  # autograd finds no way from the logits to them
             reasons[name] = "has logits that do not depend on what the method needs"
             continue
         if maps.shape[1:] == (1, 1):
             reasons[name] = "has a map of one cell there"
     chosen = [name for name, method in METHODS.items()
-              if method.default_with in run.layers and name not in reasons]  # fmt: skip
+              if method.default_with in forward.layers and name not in reasons]  # fmt: skip
     return chosen or ["occlusion"], reasons

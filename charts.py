@@ -11,8 +11,8 @@ import torch
 
 from data import Data, Split
 from figures import (
-    MOST_BARS,
-    MOST_NAMES,
+    MAX_BARS,
+    MAX_NAMES,
     Figure,
     MaxNLocator,
     PercentFormatter,
@@ -20,9 +20,9 @@ from figures import (
     shorten,
 )
 
-MOST_EXAMPLES = 50  # classes with an image
-MOST_MATRICES, MOST_CURVES = 6, 10  # checkpoints; matplotlib has ten colours
-FEWEST = 10  # images that a point of the reliability diagram stands for
+MAX_EXAMPLES = 50  # classes with an image
+MAX_MATRICES, MAX_CURVES = 6, 10  # checkpoints; matplotlib has ten colours
+MIN_IMAGES = 10  # images that a point of the reliability diagram stands for
 
 
 def as_png(figure: Figure) -> bytes:
@@ -34,8 +34,8 @@ def as_png(figure: Figure) -> bytes:
 
 def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
     """A panel per model; a cell has the number of images and their fraction of the true class."""
-    metrics = dict(itertools.islice(metrics.items(), MOST_MATRICES))
-    C, few = len(classes), len(classes) <= MOST_BARS
+    metrics = dict(itertools.islice(metrics.items(), MAX_MATRICES))
+    C, few = len(classes), len(classes) <= MAX_BARS
     side = max(4.0, 0.66 * C) if few else 12.0 if len(metrics) == 1 else 8.0
     columns = min(len(metrics), 3)
     rows = -(-len(metrics) // columns)
@@ -53,7 +53,7 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
         axes.set(xlabel="predicted", ylabel="true")
         correct = f"{scores['accuracy']:.2%} of {scores['images']:,} images correct"
         axes.set_title(f"{name}\n{correct}")
-        if len(classes) <= MOST_NAMES:
+        if len(classes) <= MAX_NAMES:
             axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
             axes.set_yticks(np.arange(C - 1) + 0.5, minor=True)
             axes.grid(which="minor", color="0.9", linewidth=0.8)
@@ -67,13 +67,13 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
 
 
 def plot_curves(histories: dict[str, list[dict]], best: dict[str, int]) -> Figure:
-    """Accuracy and loss of trainings, by epoch and by training time; validation is solid.
+    """Accuracy and loss of training runs, by epoch and by training time; validation is solid.
 
-    best: the epoch of each training that was best on validation, which is marked.
+    best: the epoch of each run that was best on validation, which is marked.
     """
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     grid = figure.subplots(2, 2, sharey="row", sharex="col")
-    histories = dict(itertools.islice(histories.items(), MOST_CURVES))
+    histories = dict(itertools.islice(histories.items(), MAX_CURVES))
     names = shorten(list(histories), 40)
     for row, quantity in zip(grid, ("accuracy", "loss"), strict=True):
         for axes, unit in zip(row, ("epoch", "minutes of training"), strict=True):
@@ -105,7 +105,7 @@ def plot_curves(histories: dict[str, list[dict]], best: dict[str, int]) -> Figur
 
 def plot_confidence(metrics: dict[str, dict]) -> Figure:
     """Accuracy by confidence, beside accuracy by the fraction of images that are answered."""
-    metrics = dict(itertools.islice(metrics.items(), MOST_CURVES))
+    metrics = dict(itertools.islice(metrics.items(), MAX_CURVES))
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     panels = figure.subplot_mosaic([["up", "right"], ["down", "right"]], height_ratios=(3, 1))
     calibration, counts, coverage = panels["up"], panels["down"], panels["right"]
@@ -113,7 +113,7 @@ def plot_confidence(metrics: dict[str, dict]) -> Figure:
     calibration.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="confidence = accuracy")
     for color, (name, scores) in enumerate(zip(names, metrics.values(), strict=True)):
         bins, look = scores["reliability"], {"color": f"C{color}"}
-        drawn = [bin for bin in bins if bin["images"] >= FEWEST]
+        drawn = [bin for bin in bins if bin["images"] >= MIN_IMAGES]
         x, y = ([bin[key] for bin in drawn] for key in ("confidence", "accuracy"))
         calibration.plot(
             x,
@@ -129,7 +129,7 @@ def plot_confidence(metrics: dict[str, dict]) -> Figure:
         x = [int(share[:-1]) / 100 for share in scores["coverage"]]
         coverage.plot(x, list(scores["coverage"].values()), label=name, **look)
     calibration.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    calibration.set_title(f"Reliability (bins with {FEWEST} images or more)", fontsize=11)
+    calibration.set_title(f"Reliability (bins with {MIN_IMAGES} images or more)", fontsize=11)
     counts.set(
         xlim=(0, 1), xlabel="confidence (probability of the predicted class)", ylabel="images"
     )
@@ -153,9 +153,9 @@ def plot_difference(pair: dict, names: list[str], classes: list[str]) -> Figure:
     pair: of comparison.json; names: of all checkpoints, for the colours. Of many classes, those
     that differ most.
     """
-    few = len(classes) <= MOST_BARS
+    few = len(classes) <= MAX_BARS
     rows = sorted(pair["per_class"].items(), key=lambda row: -abs(row[1]["difference"]))
-    chosen = {name for name, _ in rows[:MOST_BARS]}
+    chosen = {name for name, _ in rows[:MAX_BARS]}
     rows = [(name, row) for name, row in pair["per_class"].items() if name in chosen]
     figure = Figure(
         figsize=(13 if few else 7, max(3.6, 0.42 * len(rows) + 2)), layout="constrained"
@@ -173,7 +173,7 @@ def plot_difference(pair: dict, names: list[str], classes: list[str]) -> Figure:
     axes.invert_yaxis()
     name_axis(axes.yaxis, [name for name, _ in rows])
     short = shorten([pair["first"], pair["second"]], 24)
-    axes.set_xlabel(f"{short[0]} less {short[1]}")
+    axes.set_xlabel(f"{short[0]} minus {short[1]}")
     which = "" if len(rows) == len(pair["per_class"]) else f", the {len(rows)} that differ most"
     axes.set_title(f"Accuracy by true class{which}\n(lines: 95% intervals)", fontsize=11)
     axes.grid(alpha=0.3, axis="x")
@@ -188,14 +188,14 @@ def plot_difference(pair: dict, names: list[str], classes: list[str]) -> Figure:
         name_axis(panels[1].xaxis, classes, tilt=True)
         name_axis(panels[1].yaxis, classes)
         panels[1].set(xlabel="predicted", ylabel="true")
-        panels[1].set_title(f"Images: {short[0]} less {short[1]}\n(on the diagonal they are right)",
-                            fontsize=11)  # fmt: skip
+        title = f"Images: {short[0]} minus {short[1]}\n(on the diagonal they are right)"
+        panels[1].set_title(title, fontsize=11)
     return figure
 
 
 def plot_robustness(metrics: dict[str, dict]) -> Figure:
     """Accuracy on corrupted and shifted images, a panel for each kind."""
-    metrics = dict(itertools.islice(metrics.items(), MOST_CURVES))
+    metrics = dict(itertools.islice(metrics.items(), MAX_CURVES))
     first = next(iter(metrics.values()))["robustness"]
     kinds = [*first["corruptions"], "shift"]
     columns = 4
@@ -228,7 +228,7 @@ def plot_robustness(metrics: dict[str, dict]) -> Figure:
 
 def plot_examples(split: Split, classes: list[str]) -> Figure:
     """The first image of each class in a split, of the first classes if there are many."""
-    drawn = shorten(classes, 14)[:MOST_EXAMPLES]
+    drawn = shorten(classes, 14)[:MAX_EXAMPLES]
     columns = min(len(drawn), 10)
     rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(1.5 * columns, 1.8 * rows + 0.3), layout="constrained")
@@ -258,7 +258,7 @@ def plot_counts(data: Data) -> Figure:
         split = getattr(data, part)
         counts = torch.bincount(split.labels[split.indices], minlength=C).numpy()
         label = f"{part}: {len(split):,}"
-        if len(data.classes) > MOST_BARS:
+        if len(data.classes) > MAX_BARS:
             axes.plot(x, counts, ".", markersize=4, label=label)
         else:
             bars = axes.bar(x + (i - (len(parts) - 1) / 2) * 0.28, counts, 0.28, label=label)

@@ -57,7 +57,7 @@ from models import count_multiply_adds, count_parameters
 from prepare import TrainedModel, expand_patterns, load_data_for, load_models, other_files
 from settings import CHANGEABLE
 
-MOST_PAIRS = 3  # of checkpoints that are drawn; and checkpoints whose mistakes are
+MAX_DRAWN = 3  # pairs of checkpoints, and checkpoints with their mistakes, in figures
 
 
 # ---------------------------------------------------------------- numbers
@@ -149,7 +149,7 @@ def measure_robustness(model: TrainedModel, split: Split, classes: list[str]) ->
 
 
 def recipe(model: TrainedModel) -> str:
-    """What two trainings share that differ in the seed alone; of unknown settings, the file."""
+    """What two training runs share that differ in the seed alone; of unknown settings, the file."""
     c = model.checkpoint
     same = {k: v for k, v in c["settings"].items() if k not in {*CHANGEABLE, "seed", "run_id"}}
     images = {k: v for k, v in c["dataset"].items() if k != "data_dir"}
@@ -163,7 +163,7 @@ def recipe(model: TrainedModel) -> str:
 def draw_explained(models: list[TrainedModel], split: Split, rows: np.ndarray, classes: list[str]):
     """The images, and each network's map of the class that it predicts, by its first method."""
     examples, columns = examples_of(split, torch.from_numpy(rows), classes), []
-    for model in models[:MOST_PAIRS]:
+    for model in models[:MAX_DRAWN]:
         methods, _ = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
         method = next((name for name in methods if METHODS[name].takes_target), methods[0])
         own = plan_columns(model, [method], [("predicted", None)], None)
@@ -235,22 +235,22 @@ def draw(
 ):
     """All figures by name, in the order of the report."""
     most = {
-        "confusion_matrix.png shows": charts.MOST_MATRICES,
-        "curves show": charts.MOST_CURVES,
-        "mistakes are of": MOST_PAIRS,
+        "confusion_matrix.png shows": charts.MAX_MATRICES,
+        "curves show": charts.MAX_CURVES,
+        "mistakes are of": MAX_DRAWN,
     }
     for which, count in most.items():
         if len(models) > count:
             print(f"{which} the first {count} of {len(models)} checkpoints")
     classes, labels = data.classes, split.labels[split.indices].numpy()
     figures = {}
-    for number, pair in enumerate(compared["pairs"][:MOST_PAIRS], 1):
+    for number, pair in enumerate(compared["pairs"][:MAX_DRAWN], 1):
         name = "difference" if len(compared["pairs"]) == 1 else f"difference-{number}"
         figures[name] = charts.plot_difference(pair, list(metrics), classes)
     figures["confusion_matrix"] = charts.plot_confusion(metrics, classes)
     figures["confidence"] = charts.plot_confidence(metrics)
     compared["shown"] = {}
-    for kind, rows in choose_mistakes(p[:MOST_PAIRS], labels).items():
+    for kind, rows in choose_mistakes(p[:MAX_DRAWN], labels).items():
         figures[kind] = draw_explained(models, split, rows, classes)
         compared["shown"][kind] = report.image_names(split, rows.tolist())
     if "robustness" in next(iter(metrics.values())):

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from attribution import METHODS, Method, class_maps, forward_pass, weights_of
 from cli import UserError, printable, warn
 from data import Data, Split
-from figures import SCALES, shorten
+from figures import RIGHT, SCALES, WRONG, shorten
 from folders import DARK, dark_remark, read_image
 from prepare import TrainedModel, expand_patterns, refuse_different
 
-MOST_PICTURES = 32  # that are kept to be drawn
+MAX_PICTURES = 32  # that are kept to be drawn
 
 
 # ---------------------------------------------------------------- images
@@ -101,7 +101,7 @@ def read_photographs(paths: list[str], models: list[TrainedModel]) -> Examples:
             continue
         if photo.info.get("largest", DARK) < DARK:
             remarks.append(dark_remark(path, photo.info["largest"]))
-        if len(pictures) < MOST_PICTURES:
+        if len(pictures) < MAX_PICTURES:
             pictures.append(middle_square(photo, 512))
         small.append(np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC)))
         files.append(path)
@@ -136,8 +136,8 @@ class Column:
     layer: int | None = None  # from 1; None: the last, or the method has no choice
     runner_up: bool = False  # whether some image is compared with its next best class
     maps: torch.Tensor | None = None  # (B, h, w)
+    compared: list[torch.Tensor] = dataclasses.field(default_factory=list)  # classes, per batch
     titles: list[str] = dataclasses.field(default_factory=list)
-    colors: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def method(self) -> Method:
@@ -163,9 +163,9 @@ class Column:
     @property
     def header(self) -> str:
         """Two lines above the maps."""
-        what = {None: "all classes alike", "predicted": "predicted class", "true": "true class"}
-        versus = f", not {self.versus}" if self.versus else ""
-        versus += " or next" * self.runner_up
+        what = {None: "class-agnostic", "predicted": "predicted class", "true": "true class"}
+        versus = f" minus {self.versus}" if self.versus else ""
+        versus += " or runner-up" * self.runner_up
         of = shorten([what.get(self.target, self.target) + versus], 40)[0]
         unit = f", {self.method.unit}" if self.method.unit else ""
         layer = f", layer {self.layer}" if self.layer else ""
@@ -186,15 +186,14 @@ class Column:
         return goal, torch.where(same, next_best, meaning[self.versus])
 
     def write(self, p: torch.Tensor, labels, goal, rival, classes: list[str]) -> None:
-        """Write the class of each image and its probability, green if a prediction is right."""
-        says = "says " if self.target in (None, "predicted") else ""
+        """Write the class of each image and its probability, and whether a prediction is right."""
         classes = shorten(classes, 12 if self.versus else 20)
         for i, label in enumerate(labels):
-            title = f"{says}{classes[goal[i]]} ({p[i, goal[i]]:.0%})"
+            title = f"{classes[goal[i]]} ({p[i, goal[i]]:.0%})"
+            if self.target in (None, "predicted") and label >= 0:
+                title = (RIGHT if goal[i] == label else WRONG) + title
             if rival is not None:
                 title = f"{title}, not {classes[rival[i]]} ({p[i, rival[i]]:.0%})"
-            color = "green" if goal[i] == label else "firebrick"
-            self.colors.append(color if says and label >= 0 else "black")
             self.titles.append(title)
 
 
@@ -225,19 +224,21 @@ def compute_columns(model: TrainedModel, columns: list[Column], examples: Exampl
         examples.split.labels.split(batches.batch_size),
         strict=True,
     ):
-        this = forward_pass(model.network, images, graph=bool(with_gradients), last_map_only=short)
-        p = this.logits.detach().float().cpu()[:, outputs].softmax(1)
+        graph = bool(with_gradients)
+        forward = forward_pass(model.network, images, graph=graph, last_map_only=short)
+        p = forward.logits.detach().float().cpu()[:, outputs].softmax(1)
         every = None
-        if len(of_last_map) > 2 and "map" in this.layers:
-            every = class_maps(this)
+        if len(of_last_map) > 2 and "map" in forward.layers:
+            every = class_maps(forward)
         for column, parts in zip(columns, maps, strict=True):
             goal, rival = column.choose(p, labels, examples.classes)
+            column.compared.append(torch.stack([goal, goal if rival is None else rival], dim=1))
             against = None if rival is None else outputs[rival]
-            weights = weights_of(outputs[goal], against, this.logits)
+            weights = weights_of(outputs[goal], against, forward.logits)
             if every is not None and column in of_last_map:
                 heat = torch.einsum("bc,bchw->bhw", weights, every)
             else:
-                heat = column.method.compute(this, weights, (column.layer or 0) - 1).detach()
+                heat = column.method.compute(forward, weights, (column.layer or 0) - 1).detach()
             parts.append(heat.cpu())
             column.write(p, labels, goal, rival, examples.classes)
         probabilities.append(p)

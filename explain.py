@@ -4,7 +4,7 @@
     python explain.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt --show wrong
     python explain.py runs/cifar10-vit/best.pt --images cat.jpg --versus dog   why cat and not dog
 
-Prints each prediction and, of two networks, how similar their maps are. Writes into --out-dir:
+Prints predictions and, of two networks, how similar maps of one method are. Writes into --out-dir:
 
     <checkpoints>_explanations-<any|correct|wrong|images>.png   image by image: raw grid, overlay;
                                     of many images in several files
@@ -47,7 +47,7 @@ from cli import (
 )
 from data import Split
 from examples import (
-    MOST_PICTURES,
+    MAX_PICTURES,
     Column,
     Examples,
     choose_test_images,
@@ -57,13 +57,13 @@ from examples import (
     read_photographs,
     without_repeats,
 )
-from figures import MOST_HEADS, MOST_LAYERS, SCALES, shorten
+from figures import MAX_HEADS, MAX_LAYERS, SCALES, shorten
 from folders import read_image
 from prepare import TrainedModel, load_data_for, load_models
 
-LARGEST_SIDE = 2048  # pixels of an overlay on a photograph
-MOST_MAPS = 12  # of an image in a figure
-MOST_ROWS = 8  # images in the figure of layers
+MAX_SIDE = 2048  # pixels of an overlay on a photograph
+MAX_MAPS = 12  # of an image in a figure
+MAX_ROWS = 8  # images in the figure of layers
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -168,7 +168,7 @@ def choose_methods(models: list[TrainedModel], args) -> dict[str, list[str]]:
 
 def print_predictions(model: TrainedModel, examples: Examples, p: torch.Tensor) -> None:
     """The three most probable classes of each image; of very many test images, of the first."""
-    shown = len(p) if examples.files else MOST_PICTURES
+    shown = len(p) if examples.files else MAX_PICTURES
     for description, row in zip(examples.descriptions[:shown], p, strict=False):
         best = row.topk(min(3, len(row))).indices
         classes = "  ".join(f"{examples.classes[c]} {row[c]:.1%}" for c in best)
@@ -178,39 +178,36 @@ def print_predictions(model: TrainedModel, examples: Examples, p: torch.Tensor) 
 
 
 def print_agreement(columns: list[Column], predictions: dict[str, torch.Tensor], labels) -> None:
-    """For each two models, the rank correlation of their maps, by how many are right.
+    """The rank correlation of two models' maps by one method of one class, by how many are right.
 
-    Compared are the first maps that both have by the same method, else the first of each model;
-    those of a class come first.
+    Those images count where both maps are of the same class, or of the same two.
     """
-    ordered = sorted(columns, key=lambda column: column.target is None)
-    for a, b in itertools.combinations(predictions, 2):
-        pairs = [(x, y) for x in ordered for y in ordered if (x.model, y.model) == (a, b)]
-        if not pairs:
+    for one, two in itertools.combinations(columns, 2):
+        a, b = one.model, two.model
+        if a == b or one.key.removeprefix(a) != two.key.removeprefix(b):
             continue
-        pairs.sort(
-            key=lambda pair: (pair[0].name, pair[0].target) != (pair[1].name, pair[1].target)
-        )
-        one, two = pairs[0]
         grids = [attribution.on_grid(column.maps) for column in (one, two)]
         rho = attribution.rank_correlation(*grids)
-        right = sum((predictions[name] == labels).int() for name in (a, b)).numpy()
-        groups = {"": right >= 0}
+        if one.target:
+            same = torch.cat(one.compared) == torch.cat(two.compared)  # (B, 2)
+            rho[~same.all(1).numpy()] = np.nan
+        groups = {"": np.isfinite(rho)}
         if (labels >= 0).all():
+            right = sum((predictions[name] == labels).int() for name in (a, b)).numpy()
             names = (" where none is right", " where one is right", " where both are right")
-            groups = {name: right == count for count, name in enumerate(names)}
-        parts = [f"{np.nanmean(rho[group]):+.2f}{name} ({group.sum()})"
-                 for name, group in groups.items() if np.isfinite(rho[group]).any()]  # fmt: skip
-        both = f"{one.key} and {two.key}"
-        print(f"rank correlation of {both}, mean (images): {', '.join(parts)}")
+            groups = {name: groups[""] & (right == count) for count, name in enumerate(names)}
+        parts = [f"{rho[group].mean():+.2f}{name} ({group.sum()})"
+                 for name, group in groups.items() if group.any()]  # fmt: skip
+        if parts:
+            print(f"rank correlation of {one.key} and {two.key}, mean (images): {', '.join(parts)}")
 
 
 def draw(models: list[TrainedModel], examples: Examples, columns: list[Column], kind: str) -> dict:
     """The figures, by the name of their file."""
-    pictures = examples.pictures[:MOST_PICTURES]
+    pictures = examples.pictures[:MAX_PICTURES]
     for what, shown, all_of in (
         ("images", len(pictures), len(examples.names)),
-        ("maps", min(len(columns), MOST_MAPS), len(columns)),
+        ("maps", min(len(columns), MAX_MAPS), len(columns)),
     ):
         if shown < all_of:
             print(f"the figures show the first {shown} of {all_of} {what}")
@@ -218,7 +215,7 @@ def draw(models: list[TrainedModel], examples: Examples, columns: list[Column], 
     drawn = examples.split.subset(torch.arange(len(pictures)))
     inputs = list(drawn.images.permute(0, 2, 3, 1).numpy()) if examples.files else None
     stem = "+".join(model.name for model in models) + f"_explanations-{kind}"
-    pages = figures.plot_explanations(pictures, inputs, names, columns[:MOST_MAPS])
+    pages = figures.plot_explanations(pictures, inputs, names, columns[:MAX_MAPS])
     numbers = [f"-{page}" for page in range(1, 1 + len(pages))] if len(pages) > 1 else [""]
     found = {file_name(stem + n, ".png"): page for n, page in zip(numbers, pages, strict=True)}
     for model in models:
@@ -234,10 +231,10 @@ def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str
     """
     maps, statistics = [], []
     for images, _ in model.batches(drawn, explain=True):
-        this = attribution.forward_pass(model.network, images, graph=False)
-        attention = torch.stack(this.layers["attention"], dim=1)
+        forward = attribution.forward_pass(model.network, images, graph=False)
+        attention = torch.stack(forward.layers["attention"], dim=1)
         maps.append(attribution.class_token_maps(attention).cpu())
-        statistics.append(torch.stack(attribution.attention_statistics(this), dim=1).cpu())
+        statistics.append(torch.stack(attribution.attention_statistics(forward), dim=1).cpu())
     maps, (distance, entropy) = torch.cat(maps), torch.cat(statistics).mean(0)
     tokens, name = attention.shape[-1], shorten([model.name], 40)[0]
     far = attribution.patch_distances(tokens - 1, images.shape[-1]).mean().item()
@@ -249,15 +246,15 @@ def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str
     if torch.is_tensor(positions) and positions.ndim == 3 and positions.shape[1] == tokens:
         similarity = attribution.position_similarity(positions.detach().cpu())
     title = f"{name}: the class token's attention"
-    first = slice(MOST_ROWS)  # of more images the figure would be a strip
+    first = slice(MAX_ROWS)  # of more images the figure would be a strip
     mean = f"{name}: attention of all tokens, mean of {len(maps)} image{'s' * (len(maps) > 1)}"
-    layers, heads = range(maps.shape[1])[-MOST_LAYERS:], range(maps.shape[2])[:MOST_HEADS]
+    layers, heads = range(maps.shape[1])[-MAX_LAYERS:], range(maps.shape[2])[:MAX_HEADS]
     maps, names_of_layers = maps[:, layers.start :], [f"layer {1 + l}" for l in layers]
     of_heads = torch.cat([maps[0, :, : len(heads)], maps[0].mean(1, keepdim=True)], dim=1)
     above = [*(f"head {1 + head}" for head in heads), "mean"]
     found = {
         "layers": figures.plot_attention(
-            pictures[first], names[first], maps[first].mean(2), [""] * MOST_ROWS, names_of_layers,
+            pictures[first], names[first], maps[first].mean(2), [""] * MAX_ROWS, names_of_layers,
             f"{title}, mean of the heads",
         ),
         "heads": figures.plot_attention(
@@ -276,7 +273,7 @@ def overlays(examples: Examples, columns: list[Column]):
     names = {f"{stem}_{column.key}" for stem in stems for column in columns}
     repeated = len(names) < len(stems) * len(columns)  # such as a/cat.jpg b/cat.jpg
     for i, file in enumerate(examples.files):  # read again: so many might not fit into memory
-        photo = middle_square(read_image(file), LARGEST_SIDE)
+        photo = middle_square(read_image(file), MAX_SIDE)
         name = f"{i + 1}-{stems[i]}" if repeated else stems[i]
         for column in columns:
             picture = figures.overlay(

@@ -36,8 +36,8 @@ with without_backend():
     from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: F401 (for charts.py)
 
 # What a figure of readable size holds.
-MOST_BARS, MOST_NAMES = 25, 100  # classes: with numbers, with a name
-MOST_LAYERS, MOST_HEADS = 24, 16  # of attention
+MAX_BARS, MAX_NAMES = 25, 100  # classes: with numbers, with a name
+MAX_LAYERS, MAX_HEADS = 24, 16  # of attention
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Hiragino Sans")
 # A decorator for commands that draw: a $ in a name is a $, and names may be Chinese or Japanese.
 with_plain_text = matplotlib.rc_context({
@@ -70,7 +70,7 @@ def name_axis(axis, names: list[str], notes=None, *, tilt: bool = False) -> None
 
     `tilt`: at an angle, unless they are very short.
     """
-    step = -(-len(names) // MOST_NAMES)  # rounded up
+    step = -(-len(names) // MAX_NAMES)  # rounded up
     short = [a + b for a, b in zip(shorten(names), notes or [""] * len(names), strict=True)][::step]
     style = {"fontsize": 10 if len(names) <= 50 else 6}
     if tilt and max(map(len, short)) > 3:
@@ -109,7 +109,7 @@ ATTENTION_COLORS = LinearSegmentedColormap.from_list(
 SCALES = {
     "signed": Scale(
         matplotlib.colormaps["RdBu_r"],
-        "Where there is red and blue: red raises the score, blue lowers it.",
+        "Red is evidence for the class, blue is evidence against it.",
     ),
     "uniform": Scale(
         ATTENTION_COLORS,
@@ -118,11 +118,8 @@ SCALES = {
     ),
     "positive": Scale(matplotlib.colormaps["Oranges"], "Relevance: the darker, the more."),
 }
-NOTE = (
-    "A map tells something about the network, not about the world: it does not show that the "
-    "network is right, or where a person would look."
-)
-JUDGED = " Titles are green where the prediction is right, red where it is wrong."
+NOTE = "A map shows what the network uses, not whether the network is right."
+RIGHT, WRONG = "✓ ", "✗ "  # before a predicted class
 PANEL, BAR, LINES_PER_FIGURE = 1.5, 0.8, 10  # inches, inches
 
 
@@ -156,8 +153,10 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
     width = left + pair * len(lines[0])
     columns = list(itertools.chain(*lines))
     says = list(dict.fromkeys(SCALES[column.method.scale].says for column in columns))
-    known = any(color != "black" for column in columns for color in column.colors)
-    note = textwrap.fill(" ".join([*says, NOTE]) + JUDGED * known, int(14.5 * width))
+    titles = [title for column in columns for title in column.titles]
+    if any(title[:2] in (RIGHT, WRONG) for title in titles):
+        says.append(f"{RIGHT}right, {WRONG}wrong.")
+    note = textwrap.fill(" ".join([*says, NOTE]), int(14.5 * width))
     header, title, foot = 0.5, 0.25, 0.16 * (note.count("\n") + 1) + 0.15
     line_height = title + PANEL + 0.1 + header * repeated
     height = header * (not repeated) + line_height * len(lines) * len(rows) + foot
@@ -175,7 +174,7 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
         times = -(-256 // min(pictures[i].shape[:2]))  # larger pixels, under a smooth map
         large = pictures[i].repeat(times, 0).repeat(times, 1)
         smooth.imshow(overlay(large, heat, scale, norm))
-        raw.set_title(column.titles[i], fontsize=9, color=column.colors[i], x=1.03)
+        raw.set_title(column.titles[i], fontsize=9, x=1.03)
         _color_bar(drawn, cax=panel(x + 2 * PANEL + 0.1, y, 0.07))
         if repeated or i == rows[0]:
             at = (x + PANEL) / width, 1 - (y - title) / height
@@ -248,7 +247,7 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
         axes.set_title(f"{name} (uniform: {uniform:.1f})", fontsize=10)
         name_axis(axes.xaxis, [str(1 + head) for head in range(heads)])
         name_axis(axes.yaxis, [str(1 + l) for l in range(L)])
-        for l, head in itertools.product(range(L), range(heads)) if heads <= MOST_HEADS else ():
+        for l, head in itertools.product(range(L), range(heads)) if heads <= MAX_HEADS else ():
             look = {"fontsize": 8, "color": "white" if values[l, head] > most / 2 else "black"}
             axes.text(head, l, f"{values[l, head]:.1f}", ha="center", va="center", **look)
     if similarity is not None:

@@ -27,7 +27,7 @@ MISTAKES = 4  # of each kind and network, to look at
 
 
 def f1(p: np.ndarray, labels: np.ndarray, average: str) -> float:
-    """Mean over the classes that have images: "macro" alike, "weighted" by their images."""
+    """Mean over the classes that have images: "macro" equally, "weighted" by their images."""
     return precision_recall_fscore_support(
         labels, p.argmax(1), labels=np.unique(labels), average=average, zero_division=0
     )[2]
@@ -41,7 +41,7 @@ def brier_score(p: np.ndarray, labels: np.ndarray) -> float:
 def reliability(p: np.ndarray, labels: np.ndarray) -> list[dict]:
     """Confidence and accuracy of the images in each bin (low, high] of confidence.
 
-    The bins have equal width (Guo et al. 2017, arXiv 1706.04599, eq. 1 and 2).
+    The bins have equal width (Guo et al. 2017, arXiv 1706.04599, sec. 2).
     """
     confidence, right = p.max(1), p.argmax(1) == labels
     edges, bins = np.linspace(0, 1, BINS + 1), []
@@ -155,6 +155,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
     return found | {
         "accuracy_interval": wilson((predictions == labels).sum(), N),
         "images": N,
+        "confidence": float(p.max(1).mean()),
         "per_class": per_class,
         "confusion_matrix": matrix.tolist(),
         "reliability": reliability(p, labels),
@@ -173,7 +174,7 @@ def _number(x: float) -> float | None:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
     """T from .05 to 20 with the least log loss of logits / T (Guo et al. 2017, eq. 9).
 
-    None if there is none: all predictions are right, so less is always better, or T is at an end.
+    None if there is none: all predictions are right, so T would be 0, or T is outside of the range.
 
     Raises:
         UserError: a logit is not finite.
@@ -199,7 +200,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact p-value of McNemar's test (1947): is one right alone as often as the other?"""
+    """The p-value of McNemar's test (1947): the exact binomial test of the discordant pairs."""
     return float(binomtest(int(only_a), int(only_a + only_b)).pvalue) if only_a + only_b else 1.0
 
 
@@ -213,7 +214,7 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Accuracy of a less that of b, and the ends of its 95% bootstrap interval over images.
+    """Accuracy of a minus that of b, and the ends of its 95% bootstrap interval over images.
 
     a, b (N,): whether each image is right. Drawing N images again is drawing how many of them are
     right in a alone, in b alone, or neither, from a multinomial distribution. If one of these never
@@ -228,7 +229,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 
 
 def holm(p_values: dict[str, float], level: float = 0.05) -> set[str]:
-    """The tests that reject, if all together may be wrong once in 1 / level times (Holm 1979)."""
+    """The tests that reject at this family-wise error rate (Holm 1979)."""
     rejected = set()
     for rank, name in enumerate(sorted(p_values, key=p_values.get)):
         if p_values[name] > level / (len(p_values) - rank):
@@ -241,7 +242,7 @@ def holm(p_values: dict[str, float], level: float = 0.05) -> set[str]:
 
 
 def compare(p_a: np.ndarray, p_b: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
-    """How two networks differ on the same images; each difference is a less b.
+    """How two networks differ on the same images; each difference is a minus b.
 
     `right` counts the images that both, a alone, b alone, or neither get right. A class without
     images has no difference.
@@ -299,7 +300,7 @@ def compare_all(metrics: dict[str, dict], recipes: list[str], p: list, labels, c
         labels: (N,).
         classes: names.
 
-    Trainings of one recipe are only averaged, since their differences are luck. Two files of one
+    Runs of one recipe are only averaged, since their differences are luck. Two files of one
     seed, as best.pt and last.pt, are compared.
     """
     names, groups = list(metrics), {}

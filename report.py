@@ -27,10 +27,10 @@ from sklearn.metrics import classification_report
 
 from cli import printable, quoted
 from data import Data, Split
-from figures import MOST_BARS
+from figures import MAX_BARS
 from metrics import BINS, METRICS, confused_pairs, holm
 
-MOST_BYTES = 2_100_000  # of pictures; in base64 these are 2.8 MB
+MAX_BYTES = 2_100_000  # of pictures; in base64 these are 2.8 MB
 
 
 def percent(x: float, digits: int = 1) -> str:
@@ -63,13 +63,8 @@ def listed(items: list[str]) -> str:
 
 def summary(metrics: dict[str, dict], compared: dict) -> list[str]:
     """At most ten lines that follow from the numbers, the most important first."""
-    ranked = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])
-    pair = min(
-        compared["pairs"],
-        key=lambda pair: ranked.index(pair["first"]) + ranked.index(pair["second"]),
-        default=None,
-    )
-    names = [x for x in ranked if not pair or x in (pair["first"], pair["second"])][:2]
+    pair = compared["pairs"][0] if compared["pairs"] else None  # of those named first
+    names = [pair["first"], pair["second"]] if pair else list(metrics)[:2]
     rows = {name: metrics[name] for name in names}
     lines = [_accuracies(rows, compared["about"])]
     if compared["recipes"]:
@@ -88,9 +83,9 @@ def _accuracies(rows, about) -> str:
     parts = []
     for name, row in rows.items():
         low, high = map(percent, row["accuracy_interval"])
-        parts.append(f"{name} gets {percent(row['accuracy'])} right (95%: {low} to {high})")
+        parts.append(f"{name} {percent(row['accuracy'])} (95% CI {low} to {high})")
     which = {"val": "validation"}.get(about["split"], about["split"])
-    return f"Of {about['images']:,} {which} images {listed(parts)}."
+    return f"Accuracy on {about['images']:,} {which} images: {listed(parts)}."
 
 
 def _seeds(recipes) -> str:
@@ -98,9 +93,7 @@ def _seeds(recipes) -> str:
         f"{listed(group['checkpoints'])}: {percent(group['mean'], 2)} ± {percent(group['std'], 2)}"
         for group in recipes
     ]
-    return (
-        f"Trainings that differ in the seed alone, mean ± standard deviation: {'; '.join(parts)}."
-    )
+    return f"Runs that differ in the seed alone, mean ± standard deviation: {'; '.join(parts)}."
 
 
 def _better(pair, recipes) -> str:
@@ -109,21 +102,17 @@ def _better(pair, recipes) -> str:
     test = f"McNemar's test: {p_value(pair['mcnemar_p'])}"
     if pair["mcnemar_p"] >= 0.05 or low <= 0 <= high:
         return (
-            f"No difference is shown: {first} less {second} is {signed(value)} points "
-            f"(95%: {signed(low)} to {signed(high)}; {test})."
+            f"The difference is not significant: {first} minus {second} is {signed(value)} "
+            f"percentage points (95% CI {signed(low)} to {signed(high)}; {test})."
         )
     better, worse = (first, second) if value > 0 else (second, first)
     low, high = sorted(abs(x) for x in (low, high))
     seeded = [x for group in recipes for x in group["checkpoints"]]
-    tell = (
-        "the means over seeds say more about"
-        if {first, second} <= {*seeded}
-        else ("only trainings with several seeds can tell about")
-    )
+    tell = "for that, see the means" if {first, second} <= {*seeded} else "train with several seeds"
     return (
-        f"{better} is better than {worse} by {points(value)} points (95%: {points(low)} to "
-        f"{points(high)}; {test}). So these two checkpoints differ by more than the luck of which "
-        f"images were drawn; {tell} their recipes."
+        f"{better} is better than {worse} by {points(value)} percentage points (95% CI "
+        f"{points(low)} to {points(high)}; {test}). The interval covers the choice of test images, "
+        f"not the variation between seeds ({tell})."
     )
 
 
@@ -135,11 +124,12 @@ def _classes(pair) -> str:
     for model, sign in ((pair["first"], 1), (pair["second"], -1)):
         ahead = [name for name in differ if sign * rows[name]["difference"] > 0]
         ahead.sort(key=lambda name: (-abs(rows[name]["difference"]), name))
-        where = [f"{name} ({points(rows[name]['difference'])} points)" for name in ahead[:3]]
-        parts.append(f"{model} is clearly ahead on {listed(where) or 'no class'}")
+        where = [f"{name} (+{points(rows[name]['difference'])})" for name in ahead[:3]]
+        parts.append(f"{model} has significantly higher recall of {listed(where) or 'no class'}")
     if not differ:
-        return "By class, no difference is more than chance (McNemar's test, Holm's correction)."
-    return f"By class, {'; '.join(parts)} (McNemar's test with Holm's correction)."
+        return "No class shows a significant difference (McNemar's test, Holm's correction, 5%)."
+    listed_parts = "; ".join(parts)
+    return f"By class, in percentage points: {listed_parts} (McNemar's test, Holm's correction)."
 
 
 def _shared(pair) -> str:
@@ -147,7 +137,7 @@ def _shared(pair) -> str:
     both, first, second, neither = (percent(n / N) for n in pair["right"].values())
     return (
         f"Both are right on {both} of the images, {pair['first']} alone on {first}, "
-        f"{pair['second']} alone on {second}, neither on {neither}. They give the same answer on "
+        f"{pair['second']} alone on {second}, neither on {neither}. They predict the same class on "
         f"{percent(pair['agreement'])}."
     )
 
@@ -155,9 +145,9 @@ def _shared(pair) -> str:
 def _ensemble(ensemble, count) -> str:
     low, high = map(signed, ensemble["interval"])
     return (
-        f"The mean of the {count} networks' probabilities gets {percent(ensemble['accuracy'])} "
-        f"right, {signed(ensemble['difference'])} points (95%: {low} to {high}) from the best of "
-        f"them on these images, {ensemble['best']}."
+        f"The mean of the {count} networks' probabilities has an accuracy of "
+        f"{percent(ensemble['accuracy'])}: {signed(ensemble['difference'])} percentage points (95% "
+        f"CI {low} to {high}) compared with the best of them on these images, {ensemble['best']}."
     )
 
 
@@ -167,23 +157,24 @@ def _confusions(rows, classes) -> str:
         if pairs := confused_pairs(row["confusion_matrix"], classes):
             most = sum(pairs[0]["images"])
             same = [x["classes"] for x in pairs if sum(x["images"]) == most]
-            tie = f" (and {len(same) - 1} more pairs)" * (len(same) > 1)
-            parts.append(f"{name} confuses {listed(same[0])} most{tie}: {most} times")
+            tie = f" (as often: {len(same) - 1} more)" if len(same) > 1 else ""
+            parts.append(f"{name} confuses {listed(same[0])} most, in {most} images{tie}")
     return f"{'; '.join(parts)}." if parts else "There is no mistake."
 
 
 def _confidence(rows) -> str:
     parts, sure = [], []
     for name, row in rows.items():
-        mean = sum(b["images"] * b["confidence"] for b in row["reliability"] if b["images"])
-        gap = mean / row["images"] - row["accuracy"]
-        how = "too sure" if gap > 0 else "not sure enough"
-        text = f"{name} is {how} by {points(gap)} points on average (ECE {percent(row['ece'])}"
+        gap = row["confidence"] - row["accuracy"]
+        text = f"{name} {signed(gap)} percentage points (ECE {percent(row['ece'])}"
         if row["temperature"]:
             text += f"; {percent(row['temperature']['ece'])} with a fitted temperature"
         parts.append(text + ")")
-        sure.append(f"{name} gets {percent(row['coverage']['80%'])} right")
-    return f"{listed(parts)}. On the 80% of images that each is surest of, {listed(sure)}."
+        sure.append(f"{name} {percent(row['coverage']['80%'])}")
+    return (
+        f"Mean confidence minus accuracy: {listed(parts)}. Accuracy on the 80% most confident "
+        f"predictions: {listed(sure)}."
+    )
 
 
 def _robustness(rows) -> str:
@@ -194,8 +185,8 @@ def _robustness(rows) -> str:
             f"{name} {percent(found['corruption_mean'])} (unchanged: {percent(found['clean'])})"
         )
     return (
-        f"On {first['images']:,} of the images, corrupted (mean of six kinds and five severities), "
-        f"right are: {listed(parts)}."
+        f"Accuracy on {first['images']:,} of the images, corrupted (mean of "
+        f"{len(first['corruptions'])} kinds and five severities): {listed(parts)}."
     )
 
 
@@ -250,9 +241,10 @@ def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
 
 
 def image_names(split: Split, rows) -> list[str]:
-    """The files of the images at `rows` of a split, or their numbers in the data set."""
-    numbers = split.indices[rows].tolist()
-    return [printable(split.files[i]) if split.files else str(i) for i in numbers]
+    """The files of the images at `rows` of a split, or their positions in it."""
+    if split.files:
+        return [printable(split.files[i]) for i in split.indices[rows].tolist()]
+    return [str(i) for i in torch.arange(len(split))[rows].tolist()]
 
 
 def predictions_csv(names: list[str], p: list[np.ndarray], split: Split, classes: list[str]) -> str:
@@ -289,7 +281,7 @@ def render(metrics: dict[str, dict], compared: dict, pictures: dict[str, bytes])
         pictures: PNG files by name.
     """
     scale = 1.0
-    while sum(map(len, pictures.values())) > MOST_BYTES:
+    while sum(map(len, pictures.values())) > MAX_BYTES:
         pictures = {name: smaller(png, scale) for name, png in pictures.items()}
         scale = 0.7
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -309,6 +301,6 @@ def render(metrics: dict[str, dict], compared: dict, pictures: dict[str, bytes])
         scores=METRICS,
         bins=BINS,
         pairs=pairs,
-        few=len(classes) <= MOST_BARS,
+        few=len(classes) <= MAX_BARS,
         pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
     )

@@ -188,30 +188,31 @@ def a_pair(difference, low, high, p):
 def test_the_words_follow_from_the_numbers():
     better = report._better(a_pair(-0.089, -0.097, -0.081, 1e-9), [])
     assert better.startswith(
-        "d-vit is better than d-cnn by 8.9 points (95%: 8.1 to 9.7; McNemar's test: p < 0.0001)."
+        "d-vit is better than d-cnn by 8.9 percentage points (95% CI 8.1 to 9.7; McNemar's test: "
+        "p < 0.0001)."
     )
-    assert "only trainings with several seeds can tell" in better
+    assert "not the variation between seeds (train with several seeds)" in better
     seeds = [{"checkpoints": ["d-cnn", "c2"]}, {"checkpoints": ["d-vit", "v2"]}]
-    assert "the means over seeds" in report._better(a_pair(-0.089, -0.097, -0.081, 1e-9), seeds)
+    assert "see the means" in report._better(a_pair(-0.089, -0.097, -0.081, 1e-9), seeds)
     assert report._better(a_pair(-0.004, -0.01, 0.002, 0.2), []) == (
-        "No difference is shown: d-cnn less d-vit is −0.4 points (95%: −1.0 to +0.2; "
-        "McNemar's test: p = 0.2)."
+        "The difference is not significant: d-cnn minus d-vit is −0.4 percentage points (95% CI "
+        "−1.0 to +0.2; McNemar's test: p = 0.2)."
     )
-    assert "d-cnn is clearly ahead on x (5.0 points)" in report._classes(
+    assert "d-cnn has significantly higher recall of x (+5.0)" in report._classes(
         a_pair(0.05, 0.01, 0.1, 0.01)
     )
     many = a_pair(0.05, 0.01, 0.1, 0.01)
     many["per_class"] = {str(i): many["per_class"]["x"] for i in range(10)}  # 10 × .01 > .05
-    assert "no difference is more than chance" in report._classes(many)
+    assert "No class shows a significant difference" in report._classes(many)
     assert report.listed([]) == "" and report.listed(["a", "b", "c"]) == "a, b and c"
     rows = {"a": {"confusion_matrix": [[9, 2, 0], [0, 9, 1], [0, 1, 9]]}}
     assert (
         report._confusions(rows, list("xyz"))
-        == "a confuses x and y most (and 1 more pairs): 2 times."
+        == "a confuses x and y most, in 2 images (as often: 1 more)."
     )
 
 
-def test_of_several_seeds_the_best_is_compared_with_the_other_recipe(results):
+def test_of_several_seeds_the_first_is_compared_with_the_other_recipe(results):
     row = next(iter(json.loads((results / "metrics.json").read_text()).values()))
     about = json.loads((results / "comparison.json").read_text())["about"]
     metrics = {name: row | {"accuracy": x} for name, x in (("a", 0.8), ("c", 0.9), ("b", 0.7))}
@@ -221,8 +222,8 @@ def test_of_several_seeds_the_best_is_compared_with_the_other_recipe(results):
         pair |= {"first": first, "second": "b"}
     compared = {"pairs": pairs, "recipes": [seeds], "ensemble": None, "about": about}
     lines = report.summary(metrics, compared)
-    assert lines[0].startswith("Of 360 test images c gets 90.0% right")
-    assert "85.00% ± 7.00%" in lines[1] and "c is better than b by 20.0 points" in lines[2]
+    assert lines[0].startswith("Accuracy on 360 test images: a 80.0% (95% CI ")
+    assert "85.00% ± 7.00%" in lines[1] and "a is better than b by 10.0 percentage" in lines[2]
 
 
 def test_pictures_of_a_large_report_are_made_smaller(results):

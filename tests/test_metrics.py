@@ -97,7 +97,7 @@ def test_temperature_has_the_least_log_loss():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(2000, 5))
     labels = np.array([rng.choice(5, p=row) for row in metrics.probabilities(logits)])
-    for factor in (0.5, 3.0):  # logits of a network that is not sure enough, or too sure
+    for factor in (0.5, 3.0):  # logits of a network that is underconfident, or overconfident
         T = metrics.fit_temperature(factor * logits, labels)
         assert factor / T == pytest.approx(1, abs=0.1)
         grid = np.linspace(0.9 * T, 1.1 * T, 41)
