@@ -19,7 +19,7 @@ from data import Split
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 64-bit number for several, such as (seed, epoch); the last not 0, which NumPy ignores."""
+    """One 64-bit number for several, such as (seed, epoch). Zeros at the end change nothing."""
     # seed + epoch would not do: epoch 2 of seed 0 would be epoch 1 of seed 1.
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
@@ -47,7 +47,7 @@ class Batches:
         flip: mirror half of the images.
         shift: largest move of an image, in pixels.
         erase: side of the erased square, in pixels; 0: none.
-        trivial_augment: apply the function of this name.
+        trivial_augment: fraction of the images that TrivialAugment changes.
         mix: fraction of the batches that `cutmix_or_mixup` mixes.
         balance: draw images so that all classes are equally likely, however few images they have.
         classes: number of classes C; needed for `mix` alone.
@@ -65,7 +65,7 @@ class Batches:
         flip: bool = False,
         shift: int = 0,
         erase: int = 0,
-        trivial_augment: bool = False,
+        trivial_augment: float = 0.0,
         mix: float = 0.0,
         balance: bool = False,
         classes: int | None = None,
@@ -106,7 +106,7 @@ class Batches:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
                 torch.default_generator.manual_seed(seed + 1 + len(self) + step)
                 if self.trivial_augment:
-                    images = trivial_augment(images)
+                    images = trivial_augment(images, self.trivial_augment)
                 images = erase_square(self.normalise(images), generator, self.erase)
                 if torch.rand(()) < self.mix:
                     images, labels = cutmix_or_mixup(images, labels, self.classes)
@@ -230,14 +230,14 @@ def erase_square(images: torch.Tensor, generator: torch.Generator, size: int) ->
     return images.masked_fill(square, 0.0)
 
 
-def trivial_augment(images: torch.Tensor, groups: int = 16) -> torch.Tensor:
-    """One random operation of random strength for each of `groups` parts of the batch.
+def trivial_augment(images: torch.Tensor, fraction: float, groups: int = 16) -> torch.Tensor:
+    """One random operation of random strength for each of `groups` parts of the batch, or none.
 
     TrivialAugmentWide (Müller and Hutter 2021, arXiv 2103.10158): shear, translate, rotate,
     brightness, colour, contrast, sharpness, posterise, solarise, autocontrast, equalise.
-    uint8 (B, 3, H, W) -> the same.
+    `fraction`: the probability that a part is changed. uint8 (B, 3, H, W) -> the same.
     """
-    augment = v2.TrivialAugmentWide()
+    augment = v2.RandomApply([v2.TrivialAugmentWide()], p=fraction)
     parts = images.split(-(-len(images) // groups))  # rounded up
     return torch.cat([augment(part) for part in parts])
 

@@ -219,18 +219,22 @@ def without_training_state(checkpoint: dict, dtype: torch.dtype | None = None) -
 
 
 def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
-    """Write last.pt, and best.pt with the weights of the best epoch and the whole history."""
+    """Write last.pt, and best.pt with the weights of the best epoch and the whole history.
+
+    The self-test is added to `checkpoint`.
+    """
+    best = without_training_state(checkpoint)
+    checkpoint["self_test"] = best["self_test"]
     if distributed.rank():  # the first process writes
         return
-    out_dir, current = Path(out_dir), without_training_state(checkpoint)
-    best = current
+    out_dir = Path(out_dir)
     if checkpoint["best"]["epoch"] < checkpoint["epoch"]:
         best = load_checkpoint(out_dir / "best.pt") | {"history": checkpoint["history"]}
     last = out_dir / "last.pt"
     # best.pt first: if the second file is not written, resuming repeats the epoch. The last.pt of a
     # run that is replaced goes: it must not be resumed with the new best.pt.
     save_checkpoint(out_dir / "best.pt", best, remove=last if checkpoint["epoch"] == 1 else None)
-    save_checkpoint(last, checkpoint | {"self_test": current["self_test"]})
+    save_checkpoint(last, checkpoint)
     for partial in out_dir.glob(".*.tmp"):  # of a process that was killed
         partial.unlink(missing_ok=True)
 
@@ -386,9 +390,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     _, checkpoint = load_model(args.source, strict=True)
     refuse_inside(args.target.parent)
-    with writing(args.target):
-        exists = args.target.exists()
-    if exists:
+    if args.target.exists():
         raise UserError(f"{args.target} exists already: remove it first, or choose another name")
     save_checkpoint(args.target, without_training_state(checkpoint, torch.float16))
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB")

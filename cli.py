@@ -84,7 +84,6 @@ def command(main):
                 name = f"{error.filename}: " if error.filename else ""
                 message = f"{name}{error.strerror or error}"
             except (MemoryError, RuntimeError) as error:
-                message = "--compile: torch.compile fails here (it needs a C++ compiler): omit it"
                 kinds = MemoryError, torch.OutOfMemoryError
                 if isinstance(error, kinds) or "tried to allocate" in str(error).lower():
                     message = "out of memory: use --device cpu or, in training, smaller batches"
@@ -92,7 +91,9 @@ def command(main):
                         stderr = sys.__stderr__
                 elif distributed.is_lost(error):
                     message = "torchrun: another process has ended; --resume repeats the epoch"
-                elif not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    message = "--compile: torch.compile needs a C++ compiler here: omit it"
+                else:
                     raise
             except Stopped as stop:
                 script = main.__globals__.get("__file__", sys.argv[0])

@@ -286,10 +286,15 @@ def default_out_dir(args) -> Path:
     """In runs/evaluation, named after the checkpoints and what else was typed."""
 
     def short(path) -> str:  # runs/a/best.pt -> a, pretrained/cnn.pt -> pretrained-cnn
-        path = Path(path).resolve() if ".." in Path(path).parts else Path(path)
-        parts = [part for part in path.with_suffix("").parts if part != path.anchor]
-        parts = parts[parts[0] == "runs" and len(parts) > 1 :]
-        return "-".join(parts[:-1] if len(parts) > 1 and parts[-1] == "best" else parts)
+        path = Path(path)
+        if ".." in path.parts or not path.name:
+            path = path.resolve()
+        parts = [part for part in path.parts if part != path.anchor]
+        if len(parts) > 1 and parts[0] == "runs":
+            parts = parts[1:]
+        if len(parts) > 1 and parts[-1] == "best.pt":
+            parts = parts[:-1]
+        return "-".join(parts).removesuffix(".pt")
 
     words = ["+".join(map(short, expand_patterns(args.checkpoints))), args.dataset]
     words += [args.data_dir and short(args.data_dir), args.split == "val" and "val"]

@@ -27,6 +27,7 @@ SPLITS = {  # names of the folders of a split
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+HIDDEN = (".", "@eaDir")  # such as ._x.jpg of macOS; thumbnails of Synology
 MAX_NAMED = 10  # files in a message
 DARK = 2**14  # of 65,535: 16-bit images below look black, and hold fewer bits
 BITS, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339  # tags of a TIFF
@@ -137,9 +138,8 @@ def _is_image(name: str) -> bool:
 
 
 def _folders(folder: Path) -> list[Path]:
-    found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    found = [path for path in found if path.name != "@eaDir"]  # Synology's thumbnails
-    return sorted(found, key=lambda path: composed(path.name))
+    seen = (path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
+    return sorted(filter(Path.is_dir, seen), key=lambda path: composed(path.name))
 
 
 def _images(directory: Path, part: str, skipped: collections.Counter) -> list[ImageFile]:
@@ -156,7 +156,7 @@ def _images(directory: Path, part: str, skipped: collections.Counter) -> list[Im
     class_name, found, others = composed(directory.name), [], collections.Counter()
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: composed(entry.name)):
-            if entry.name[0] in ".@":  # such as the ._x.jpg of macOS, the @eaDir of Synology
+            if entry.name.startswith(HIDDEN):
                 others["hidden files"] += 1
             elif entry.is_symlink() and not Path(entry.path).exists():
                 others["links to missing files"] += 1

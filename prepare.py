@@ -265,6 +265,15 @@ def expand_patterns(names: list[str]) -> list[str]:
     return expanded
 
 
+def _name(path: str) -> str:
+    """What a checkpoint is called in tables and figures: its run's folder, or its own name."""
+    file = Path(path)
+    if file.stem not in ("best", "last"):
+        return file.stem
+    hidden = file.parent.name.strip(".") == ""  # "", . or ..
+    return (file.parent.resolve() if hidden else file.parent).name
+
+
 def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
     """The networks of all checkpoints.
 
@@ -275,8 +284,7 @@ def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"{path} is named twice: name it once")
-    files = [Path(path) for path in paths]
-    names = [file.parent.name if file.stem in ("best", "last") else file.stem for file in files]
+    names = list(map(_name, paths))
     if "" in names or len(set(names)) < len(names):
         names = paths
     models = []

@@ -57,6 +57,7 @@ NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
     "augmentation": (
         ("--shift", integer(0, 31), 0, "move images by up to N pixels"),
         ("--erase", integer(0, 32), 0, "erase a square of side N; 0: none"),
+        ("--trivial-augment", real(0, 1), 0.0, "fraction of images for TrivialAugment"),
         ("--mix", real(0, 1), 0.0, "fraction of the batches mixed by CutMix or MixUp"),
     ),
 }
@@ -85,7 +86,6 @@ def training_parser(manual: str, recipe: dict, changes: dict) -> Parser:
     group = parser.add_argument_group("augmentation, on or off")
     on_off = {"action": argparse.BooleanOptionalAction, "default": False}
     group.add_argument("--flip", **on_off, help="mirror half of the images")
-    group.add_argument("--trivial-augment", **on_off, help="TrivialAugmentWide")
     group.add_argument("--balance", **on_off, help="draw images of all classes equally often")
     recipes = ("fast", *(name for name in changes if name != "digits"))
     _add_run_flags(parser.add_argument_group("run"), recipes)
@@ -207,7 +207,7 @@ def resumed_flags(values: dict, typed: dict, defaults: dict, model_name: str):
 
 def saved_run_id(out_dir: Path) -> str | None:
     """The run that the checkpoints there are of, as `distributed.run_id`."""
-    for path in (out_dir / "last.pt", out_dir / "best.pt"):  # of a first epoch best.pt is first
+    for path in (out_dir / "last.pt", out_dir / "best.pt"):  # best.pt is written first
         if path.is_file():
             with contextlib.suppress(UserError):  # damaged: --overwrite may replace it
                 return load_checkpoint(path)["settings"].get("run_id")

@@ -34,7 +34,7 @@ RECIPE = {  # --recipe fast
     "flip": True,
     "shift": 4,
     "erase": 8,
-    "trivial_augment": False,
+    "trivial_augment": 0.0,
     "mix": 0.0,
     "whiten": True,
     "stem": 16,
@@ -42,7 +42,7 @@ RECIPE = {  # --recipe fast
     "depths": [1, 2],
 }
 CHANGES = {
-    "best": {"epochs": 100, "trivial_augment": True, "erase": 0},
+    "best": {"epochs": 100, "trivial_augment": 1.0, "erase": 0},
     "plain": {  # SGD, flips and shifts
         "lr": 0.1,
         "weight_decay": 5e-4,

@@ -32,7 +32,7 @@ RECIPE = {  # --recipe fast
     "flip": True,
     "shift": 2,
     "erase": 0,
-    "trivial_augment": False,
+    "trivial_augment": 0.0,
     "mix": 0.0,
     "patch_size": 4,
     "dim": 192,
@@ -43,7 +43,7 @@ RECIPE = {  # --recipe fast
     "patch_dropout": 0.0,
 }
 CHANGES = {
-    "best": {"epochs": 100, "trivial_augment": True, "mix": 0.5, "drop_path": 0.1},
+    "best": {"epochs": 100, "trivial_augment": 1.0, "mix": 0.5, "drop_path": 0.1},
     "plain": {"label_smoothing": 0.0, "clip": 0.0, "ema_decay": 0.0},  # AdamW, flips and shifts
     "digits": {
         "recipe": "plain",

@@ -116,7 +116,7 @@ VARIANTS = {
         "recipe, no erasing": recipe_cnn(erase=0),
         "recipe, no average": recipe_cnn(ema_decay=0.0),
         "recipe, mix": recipe_cnn(mix=0.5),
-        "recipe, trivial-augment": recipe_cnn(trivial_augment=True),
+        "recipe, trivial-augment": recipe_cnn(trivial_augment=1.0),
     },
     "vit": {
         "plain": plain_vit(),

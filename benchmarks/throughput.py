@@ -139,7 +139,7 @@ def noise(count: int) -> Data:
 def measure(name: str, args) -> dict:
     """Time all ways of training; return what is printed and saved."""
     settings, steps = recipe_settings(name, epochs=1), args.steps
-    augmented = recipe_settings(name, trivial_augment=True, mix=0.5)
+    augmented = recipe_settings(name, trivial_augment=1.0, mix=0.5)
     data = noise(settings.batch_size * steps)
     batches, _ = make_batches(data, settings, DEVICE)
     one = next(iter(batches))

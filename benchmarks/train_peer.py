@@ -33,7 +33,7 @@ SETTINGS = {
     "vit": {"lr": 1e-3, "batch_size": 128, "mix": 1.0},
 }
 SHARED = {"label_smoothing": 0.1, "clip": 1.0}
-AUGMENTATION = {"flip": True, "trivial_augment": True, "erase": 12}
+AUGMENTATION = {"flip": True, "trivial_augment": 1.0, "erase": 12}
 
 
 def cosine_restarts(step: int, total_steps: int, warmup: float, peak: float, epochs: int) -> float:

@@ -136,7 +136,7 @@ def epoch_of(batches, seed):
 
 
 def test_training_batches_depend_on_the_seed_alone(colours):
-    all_on = {"flip": True, "shift": 4, "erase": 8, "trivial_augment": True}
+    all_on = {"flip": True, "shift": 4, "erase": 8, "trivial_augment": 1.0}
     drawn = Batches(colours, 16, **PLAIN, train=True, **all_on)
     (x1, y1), (x2, y2), (_, y3) = (epoch_of(drawn, s) for s in (1, 1, 2))
     assert torch.equal(x1, x2) and torch.equal(y1, y2)
@@ -150,11 +150,14 @@ def test_training_batches_depend_on_the_seed_alone(colours):
 def test_automatic_augmentation_gives_uint8_and_a_draw_to_each_group():
     images = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).expand(64, -1, -1, -1)
     torch.manual_seed(0)
-    out = batches.trivial_augment(images, groups=16)
+    out = batches.trivial_augment(images, fraction=1, groups=16)
     assert out.dtype == torch.uint8 and out.shape == images.shape
     groups = out.view(16, 4, -1)
     assert (groups == groups[:, :1]).all()  # the same for the four of a group
     assert len({tuple(group[0].tolist()) for group in groups}) > 8
+    half = batches.trivial_augment(images, fraction=0.5, groups=64)
+    unchanged = (half == images).flatten(1).all(1)
+    assert 20 <= unchanged.sum() <= 44 + 10  # of 64; some operations are of strength 0
 
 
 def test_labels_of_mixed_images_are_the_shares_of_what_is_in_them():
@@ -197,7 +200,7 @@ def test_taught_labels_give_the_mean_of_two_losses():
 
 
 def test_validation_is_left_alone_by_augmentation(colours):
-    all_on = {"flip": True, "shift": 4, "erase": 8, "trivial_augment": True, "mix": 1.0}
+    all_on = {"flip": True, "shift": 4, "erase": 8, "trivial_augment": 1.0, "mix": 1.0}
     drawn = Batches(colours, 64, **PLAIN, train=False, **all_on)
     plain, _ = next(iter(Batches(colours, 64, **PLAIN)))
     for seed in (1, 2):

@@ -253,8 +253,19 @@ def test_each_evaluation_has_its_own_folder():
     assert folder("runs/a/best.pt", "runs/b/last.pt") == "a+b-last"
     assert folder("pretrained/cnn.pt", "--data-dir", "x/photos") == "pretrained-cnn_x-photos"
     assert folder("a.pt", "--split", "val", "--robustness") == "a_val_robustness"
+    assert folder("a.pt", "--data-dir", "photos.v1") == "a_photos.v1"
+    assert folder("a.pt", "--data-dir", "/") == "a"
     here = Path.cwd()
+    assert folder("a.pt", "--data-dir", ".") == "a_" + "-".join(here.parts[1:])
     assert folder("../best.pt") == "-".join(here.parent.parts[1:]) or folder("../best.pt") == "best"
+
+
+@pytest.mark.parametrize("path", ["best.pt", "./last.pt", "a/../best.pt", "a/b/../../last.pt"])
+def test_a_network_is_called_after_the_folder_of_its_run(trained, monkeypatch, path):
+    monkeypatch.chdir(trained["cnn"].parent)
+    Path("a/b").mkdir(parents=True, exist_ok=True)
+    (model,) = load_models([path], torch.device("cpu"))
+    assert model.name == trained["cnn"].parent.name
 
 
 def test_trainings_on_other_images_are_no_seeds_of_one_recipe(trained):

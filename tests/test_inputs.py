@@ -687,7 +687,10 @@ def test_a_checkpoint_that_names_no_folder_has_the_usual_one(trained, monkeypatc
 def test_folders_of_a_disk_station_are_no_classes(tmp_path):
     classes_of(tmp_path, "cat", "dog")
     solid(tmp_path / "@eaDir" / "cat" / "thumb.jpg")
-    assert load_data("folder", tmp_path).classes == ["cat", "dog"]
+    solid(tmp_path / "cat" / "@eaDir" / "thumb.jpg")
+    solid(tmp_path / "cat" / "@1.png")  # an image like others
+    data = load_data("folder", tmp_path)
+    assert data.classes == ["cat", "dog"] and sum(data.sizes) == 21
 
 
 def test_every_image_once_where_there_are_fewer_than_asked(three, tmp_path, capsys):

@@ -39,7 +39,7 @@ from training import TrainingSettings, lr_at, mixed_seed, update_average
 
 FAST = ["--dataset", "digits", "--recipe", "fast", "--device", "cpu", "--amp", "off"]
 FAST += ["--limit-batches", "5", "--pictures", "off"]
-RANDOM = ["--drop-path", "0.1", "--mix", "0.5", "--trivial-augment"]
+RANDOM = ["--drop-path", "0.1", "--mix", "0.5", "--trivial-augment", "1"]
 
 
 def test_lr_at_its_corners():

@@ -99,6 +99,20 @@ def test_a_wrapped_model_leaves_no_prefix(tmp_path, wrapper, ema_decay):
     load_model(tmp_path / "wrapped" / "best.pt")
 
 
+def test_a_training_by_hand_can_go_on_from_what_train_returns(tmp_path):
+    batches = [(IMAGES, torch.arange(16) % 10)] * 2
+    torch.manual_seed(0)
+    model = CNN(**CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    metadata, last = make_metadata("cnn", CONFIG, **FACTS), None
+    for epochs in (1, 2):
+        settings = TrainingSettings(out_dir=tmp_path, epochs=epochs)
+        last = training.train(model, optimizer, batches, None, settings, metadata, last)
+        same(last["model"], load_checkpoint(tmp_path / "last.pt")["model"])
+        assert last.keys() == load_checkpoint(tmp_path / "last.pt").keys()
+    assert [row["epoch"] for row in last["history"]] == [1, 2]
+
+
 def test_decay_spares_the_positions_of_a_wrapped_vit():
     vit = MODELS["vit"](dim=16, depth=1, heads=2, patch_size=8)
     compiled = torch.compile(vit, backend="aot_eager")
