@@ -168,6 +168,8 @@ def class_maps(forward: ForwardPass) -> torch.Tensor | None:
     2016, arXiv 1512.04150, eq. 2). So the cells of a map add up to the logit without its bias.
     None: the network's head is something else.
     """
+    if not _end_in_a_map[forward.model]:  # it averages before its head
+        return None
     A = forward.layers["map"][-1]
     K, h, w = A.shape[1:]
     units = torch.eye(K, device=A.device)[:, :, None, None].expand(K, K, h, w)

@@ -92,12 +92,13 @@ def command(main):
                 elif distributed.is_lost(error):
                     message = "torchrun: another process has ended; --resume repeats the epoch"
                 elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    message = "--compile: torch.compile needs a C++ compiler here: omit it"
+                    message = "--compile: it fails here (it needs a C++ compiler): omit it"
                 else:
                     raise
             except Stopped as stop:
                 script = main.__globals__.get("__file__", sys.argv[0])
-                print(how_to_resume(stop, script, distributed.run_id()), file=stderr)
+                words = sys.argv[1:] if argv is None else argv
+                print(how_to_resume(stop, script, words, distributed.run_id()), file=stderr)
                 sys.exit(128 + stop.number)
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)

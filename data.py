@@ -118,7 +118,7 @@ def load_data(
     Raises:
         UserError: the data are missing, cannot be read, or are too few to split.
     """
-    data_dir, notes, content, files, drawn = Path(data_dir), [], "", None, ()
+    data_dir, notes, content, files, drawn = Path(data_dir), [], "", None, ("val",)
     if name == "cifar10":
         images, labels, parts = _load_cifar10(data_dir)
         classes = CIFAR10_CLASSES

@@ -50,7 +50,7 @@ from cli import (
 )
 from data import Data, Split
 from examples import compute_columns, examples_of, plan_columns
-from figures import plot_explanations, with_plain_text
+from figures import plot_explanations, shorten, with_plain_text
 from logs import markdown
 from metrics import METRICS, choose_mistakes, compare_all, fit_temperature, measure, probabilities
 from models import count_multiply_adds, count_parameters
@@ -153,7 +153,8 @@ def recipe(model: TrainedModel) -> str:
     c = model.checkpoint
     same = {k: v for k, v in c["settings"].items() if k not in {*CHANGEABLE, "seed", "run_id"}}
     images = {k: v for k, v in c["dataset"].items() if k != "data_dir"}
-    shared = [c["model_name"], c["model_config"], c["classes"], images, same or model.path]
+    network, length = [c["model_name"], c["model_config"], c["classes"]], len(c["history"])
+    shared = [*network, length, images, same or model.path]
     return json.dumps(shared, sort_keys=True)
 
 
@@ -169,7 +170,7 @@ def draw_explained(models: list[TrainedModel], split: Split, rows: np.ndarray, c
         own = plan_columns(model, [method], [("predicted", None)], None)
         compute_columns(model, own, examples)
         columns += own
-    return plot_explanations(examples.pictures, None, examples.names, columns)[0]
+    return plot_explanations(examples.pictures, None, shorten(examples.names), columns)[0]
 
 
 # ---------------------------------------------------------------- text and files

@@ -307,11 +307,11 @@ def print_scores(name: str, scores: dict, summary: dict) -> None:
         own = {method: scores[fill][method][kind] for method in summary}
         methods = [method for method in own if method not in CONTROLS]
         best = max(methods, key=lambda method: own[method].mean())
-        chance = own["random"] if kind == "SaCo" else 0
+        chance, center = own["random"] if kind == "SaCo" else 0, own.get("center", 0)
         lists = {
             "not significantly better than": [m for m in methods if not above(own[best], own[m])],
             "not significantly above chance": [m for m in methods if not above(own[m], chance)],
-            "not above the centre": [m for m in methods if not above(own[m], own.get("center", 0))],
+            "not significantly above center": [m for m in methods if not above(own[m], center)],
         }
         lists["not significantly better than"].remove(best)
         said = [f"{text}: {', '.join(names)}" for text, names in lists.items() if names]

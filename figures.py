@@ -55,7 +55,8 @@ def shorten(names: list[str], length: int = 20) -> list[str]:
         if count == 1:
             continue
         same = [name for name in short if short[name] == label]  # show where they differ
-        start = next(i for i, letters in enumerate(zip(*same, strict=False)) if len({*letters}) > 1)
+        letters = itertools.zip_longest(*same)  # of the same place
+        start = next(i for i, found in enumerate(letters) if len(set(found)) > 1)
         for name in same:
             short[name] = f"{name[: half - 3]}…{name[start : start + half]}"
     taken = collections.Counter(short.values())

@@ -17,7 +17,7 @@ from torchvision.utils import make_grid
 import distributed
 from batches import mixed_seed
 from checkpoint import formula_image
-from cli import printable, writing
+from cli import UserError, printable, writing
 from models import counting_operations
 from settings import CHANGEABLE
 
@@ -61,6 +61,9 @@ def open_logs(settings, step: int, metadata: dict, network: nn.Module):
     print(TABLE_HEAD, flush=True)
     if distributed.rank():
         return None, []
+    last = Path(settings.out_dir, "last.pt")
+    if step == 0 and not settings.overwrite and last.exists():
+        raise UserError(f"{last} is of another run: choose another out_dir, or overwrite=True")
     from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
     from torch.utils.tensorboard.summary import hparams
 
@@ -87,7 +90,7 @@ def open_logs(settings, step: int, metadata: dict, network: nn.Module):
 def hyperparameters(flags: dict) -> dict:
     """What the tab HPARAMS compares: flags that may not change in a run, as simple values."""
     chosen = {key: value for key, value in flags.items() if key not in CHANGEABLE}
-    return {k: v if isinstance(v, bool | int | float) else str(v) for k, v in chosen.items()}
+    return {k: v if isinstance(v, bool | int | float) else printable(v) for k, v in chosen.items()}
 
 
 def log_epoch(logs: Logs | None, row: dict, points: list[dict]) -> None:
@@ -238,7 +241,7 @@ class Pictures:
         """Explanations, confusion matrix and mistakes, as matplotlib's figures by name."""
         import charts  # these take seconds to import
         import figures
-        from attribution import methods_for
+        from attribution import METHODS, methods_for
         from examples import Column, Examples, compute_columns
         from prepare import TrainedModel
 
@@ -251,7 +254,8 @@ class Pictures:
             drawn = list(images.permute(0, 2, 3, 1).numpy())
             names = [f"true: {label}" for label in figures.shorten([classes[i] for i in truth], 14)]
             examples = Examples(split.of(images, truth), rows, classes, drawn, names, names)
-            column = Column(name, methods[0], "predicted")
+            target = "predicted" if METHODS[methods[0]].takes_target else None
+            column = Column(name, methods[0], target)
             compute_columns(TrainedModel(name, "", network, self.metadata), [column], examples)
             return figures.plot_explanations(drawn, None, names, [column])[0]
 

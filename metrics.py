@@ -278,7 +278,9 @@ def compare(p_a: np.ndarray, p_b: np.ndarray, labels: np.ndarray, classes: list[
     }
 
 
-def confused_pairs(matrix: list[list[int]], classes: list[str], most: int = 10) -> list[dict]:
+def confused_pairs(
+    matrix: list[list[int]], classes: list[str], most: int | None = 10
+) -> list[dict]:
     """The pairs of classes that are taken for each other most often, in either direction."""
     counts = np.array(matrix)
     both = np.triu(counts + counts.T, 1)

@@ -23,10 +23,10 @@ def learning_rates(optimizer) -> dict[str, float]:
     """The learning rate of each optimizer, by name; that of each group, if they differ."""
     found = {}
     for part in getattr(optimizer, "parts", [optimizer]):
-        rates = [group["lr"] for group in part.param_groups]
-        for number, rate in enumerate(rates, 1):
-            group = f" {number}" if len(set(rates)) > 1 else ""
-            found[f"learning rate {type(part).__name__}{group}"] = rate
+        peaks = {group.get("initial_lr", group["lr"]) for group in part.param_groups}
+        for number, group in enumerate(part.param_groups, 1):
+            suffix = f" {number}" if len(peaks) > 1 else ""
+            found[f"learning rate {type(part).__name__}{suffix}"] = group["lr"]
     return found
 
 

@@ -67,11 +67,18 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     metadata = describe_run(data, flags, model_name, config)
     if checkpoint is not None:
         refuse_other_images(metadata, checkpoint)
+        metadata["dataset"] = checkpoint["dataset"] | metadata["dataset"]
     notes = [data.note] if data.note else []
     slow = flags.amp != "off" and choose_amp("auto", device) == "off"
     if checkpoint is not None and slow:
         notes.append(f"{flags.amp} as before, but slow on this device: --amp off is faster")
     if source is not None:
+        if set(source[1]["classes"]) == set(data.classes):
+            before = source[1]["dataset"]
+            metadata["dataset"]["before"] = [before, *before.get("before", ())]
+            for split in ("val", "test"):
+                if caveat := trained_before(f"--init {flags.init}", before, data, split):
+                    warn(caveat)
         head = start_from(model, *source, config, data.classes)
         notes.append(f"starting from the weights of {flags.init}{head}")
     train_batches, val_batches = make_batches(data, flags, device)
@@ -156,6 +163,7 @@ def describe_run(data: Data, flags, model_name: str, model_config: dict) -> dict
         "val_fraction": flags.val_fraction,
         "sizes": data.sizes,
         "content": data.content,
+        "drawn": list(data.drawn),
     }
     return make_metadata(
         model_name, model_config, classes=data.classes, mean=data.mean, std=data.std,
@@ -174,6 +182,27 @@ def same_kind_of_images(one: dict, other: dict, tolerance: float) -> bool:
 def other_files(trained_on: dict, sizes: list[int], content: str) -> bool:
     """Whether the images have changed. (Checkpoints before December 2026 have no `content`.)"""
     return sizes != trained_on["sizes"] or content != trained_on.get("content", content)
+
+
+def trained_before(name: str, trained_on: dict, data: Data, split: str) -> str:
+    """A caveat if `name` may have been trained on images of a drawn split; "" if it was not.
+
+    trained_on: the data set of its checkpoint; its "before" has those of the weights of --init.
+    """
+    for images in (trained_on, *trained_on.get("before", ())):
+        same_name = images["name"] == data.name
+        differ = same_name and images.get("content") not in (None, data.content)
+        if split == "val":
+            differ = not same_name or other_files(images, data.sizes, data.content)
+        if differ and split in {*data.drawn, *images.get("drawn", ())}:
+            advice = (
+                "use the test split" if split == "val" else "make train/ and test/, train again"
+            )
+            return (
+                f"{name} was trained on other images. If some of them are in this {split} split, "
+                f"accuracy on it is too high: {advice}"
+            )
+    return ""
 
 
 def refuse_other_images(metadata: dict, checkpoint: dict) -> None:
@@ -329,17 +358,20 @@ def load_data_for(
     for model in models:
         _refuse_other_classes(model, data)
         trained_on = model.checkpoint["dataset"]
-        if split in data.drawn and trained_on.get("content") not in (None, "", data.content):
-            if data_dir.resolve() == Path(trained_on["data_dir"]).resolve():
-                raise UserError(
-                    f"files were added, removed or changed since {model.name} was trained, so the "
-                    f"{split} split has changed: train again, or make train/ and test/"
-                )
-            caveat = (
-                f"{model.name} was trained on other files. If some are among these, its {split} "
-                "accuracy is too high: make train/ and test/"
+        moved = name != "folder" or data_dir.resolve() != Path(trained_on["data_dir"]).resolve()
+        changed = trained_on.get("content") not in (None, "", data.content)
+        if split in data.drawn and changed and not moved:
+            raise UserError(
+                f"files were added, removed or changed since {model.name} was trained, so the "
+                f"{split} split has changed: train again, after making train/ and test/ if it is "
+                "to stay"
             )
+        if caveat := trained_before(model.name, trained_on, data, split):
             warn(caveat)
+        own = name == trained_on["name"] and not other_files(trained_on, data.sizes, data.content)
+        if own and split == "val":
+            caveat = "these images chose the epoch, so the accuracy on them is a little too high"
+        if caveat and caveat not in data.caveats:
             data.caveats.append(caveat)
     return data
 

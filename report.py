@@ -154,7 +154,7 @@ def _ensemble(ensemble, count) -> str:
 def _confusions(rows, classes) -> str:
     parts = []
     for name, row in rows.items():
-        if pairs := confused_pairs(row["confusion_matrix"], classes):
+        if pairs := confused_pairs(row["confusion_matrix"], classes, most=None):
             most = sum(pairs[0]["images"])
             same = [x["classes"] for x in pairs if sum(x["images"]) == most]
             tie = f" (as often: {len(same) - 1} more)" if len(same) > 1 else ""
@@ -218,9 +218,6 @@ def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
     packages = (torch, torchvision, np, scipy, sklearn)
     versions = {"python": platform.python_version()}
     versions |= {package.__name__: package.__version__ for package in packages}
-    caveats = list(data.caveats)
-    if args.split == "val":
-        caveats.append("these images chose the epoch, so the accuracy on them is a little too high")
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
     hardware += torch.backends.cpu.get_cpu_capability()
     if args.device != "cpu" and torch.cuda.is_available():
@@ -229,12 +226,12 @@ def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
         "command": "python evaluate.py "
         + printable(shlex.join(sys.argv[1:] if argv is None else argv)),
         "data": data.name,
-        "data_dir": printable(args.data_dir or trained_on["data_dir"]),
+        "data_dir": printable(args.data_dir or trained_on["data_dir"] or "data"),
         "split": args.split,
         "images": len(split),
         "classes": data.classes,
         "note": data.note,
-        "caveats": [printable(caveat) for caveat in caveats],
+        "caveats": [printable(caveat) for caveat in data.caveats],
         "versions": versions,
         "hardware": hardware,
     }

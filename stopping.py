@@ -78,12 +78,13 @@ def finishing_steps(train):
     return wrapper
 
 
-def how_to_resume(stop: Stopped, script: str, run_id: str | None = None) -> str:
-    """What to print after a signal. `run_id`: as `distributed.run_id`."""
+def how_to_resume(stop: Stopped, script: str, argv=(), run_id: str | None = None) -> str:
+    """What to print after a signal. argv: of the script; `run_id`: as `distributed.run_id`."""
     if not stop.saved:
         return "stopped before the first checkpoint was saved: run the same command again"
     start = "the same torchrun command with" if run_id else "python"
+    again = argv if "--resume" in argv else ["--resume", "--out-dir", str(stop.out_dir)]
     return (
         f"stopped after a step. To resume (the epoch is repeated): {start} {Path(script).name} "
-        f"--resume --out-dir {shlex.quote(str(stop.out_dir))}"
+        + shlex.join(again)
     )

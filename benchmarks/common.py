@@ -22,6 +22,7 @@ import training
 from checkpoint import make_metadata
 from cli import UserError, path_type
 from optimizers import parameter_groups
+from stopping import Stopped
 
 SCRIPTS = {"cnn": train_cnn, "vit": train_vit}
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -100,7 +101,12 @@ def train_for(model, optimizer, train_batches, val_batches, *, classes, lr_at=No
     ):
         chosen = {key: settings[key] for key in fields if key in settings} | {"out_dir": folder}
         loop_settings = training.TrainingSettings(**chosen)
-        last = training.train(model, optimizer, train_batches, val_batches, loop_settings, metadata)
+        try:
+            last = training.train(
+                model, optimizer, train_batches, val_batches, loop_settings, metadata
+            )
+        except Stopped as stop:  # by a signal; nothing is kept that could be resumed
+            sys.exit(128 + stop.number)
     return last["history"]
 
 

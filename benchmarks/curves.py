@@ -17,7 +17,7 @@ from cli import Parser, UserError, command, path_type, run
 
 def write_curves(history: list[dict], folder: Path) -> None:
     """An event file each for training and validation."""
-    for part in ("train", "val"):
+    for part in ("train", "val") if history[0]["val_loss"] is not None else ("train",):
         writer = SummaryWriter(folder / part)
         for row in history:
             for tag in ("loss", "accuracy"):

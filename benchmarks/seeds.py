@@ -7,7 +7,8 @@ Runs train_cnn.py or train_vit.py once per seed, with the flags after `--`, and 
 (chosen on validation) on the test split: one plain forward per image. The time to --target is that
 of training, to the end of the first epoch whose validation accuracy reaches it. Prints a row per
 seed, then mean ± standard deviation (n - 1), and appends the result to
-benchmarks/results/seeds.jsonl. Runs are kept below --out-dir; one that exists is measured only.
+benchmarks/results/seeds.jsonl. Runs are kept below --out-dir; those that are finished are measured
+only.
 """
 
 import statistics
@@ -20,6 +21,7 @@ from sklearn.metrics import accuracy_score
 from checkpoint import load_checkpoint
 from cli import Parser, UserError, command, integer, path_type, real, run
 from prepare import load_data_for, load_models
+from settings import CHANGEABLE
 
 
 def measure(path: Path, target: float) -> dict:
@@ -44,8 +46,10 @@ def measure(path: Path, target: float) -> dict:
 def train_and_measure(network: str, seed: int, flags: list[str], args) -> tuple[dict, dict]:
     """The row of one seed, and the settings of its run."""
     folder = args.out_dir / f"{network}-seed{seed}"
-    if not (folder / "last.pt").exists():
-        SCRIPTS[network].main([*flags, "--seed", str(seed), "--out-dir", str(folder)])
+    exists = (folder / "last.pt").exists()
+    if flags or not exists:  # a run that exists is resumed, and refused if it had other flags
+        own = ["--seed", str(seed), "--out-dir", str(folder)]
+        SCRIPTS[network].main([*flags, *own, *["--resume"] * exists])
     last = load_checkpoint(folder / "last.pt")
     if last["epoch"] < last["settings"]["epochs"]:
         raise UserError(f"{folder} is not finished: resume it, or remove it")
@@ -78,9 +82,13 @@ def main(argv=None):
     add("--out-dir", type=path_type, default=Path("runs"), metavar="DIR", help="for the runs")
     add_results_flag(parser, "seeds.jsonl")
     args = parser.parse_args(own)
-    rows = []
+    rows, settings = [], {}
     for seed in args.seeds:
-        row, settings = train_and_measure(args.network, seed, argv[len(own) + 1 :], args)
+        row, new = train_and_measure(args.network, seed, argv[len(own) + 1 :], args)
+        differ = [key for key in new if rows and new[key] != settings[key]]
+        if differ := ", ".join(sorted(set(differ) - CHANGEABLE)):
+            raise UserError(f"{args.out_dir}: the runs differ in {differ}: use another --out-dir")
+        settings = new
         rows.append(row)
     show(rows, args.target)
     tests = [row["test_accuracy"] for row in rows]

@@ -122,6 +122,18 @@ def test_class_maps_are_refused_where_the_head_is_another(cnn, images):
         assert attribution.class_maps(forward_pass(cnn, images)) is None
 
 
+def test_class_maps_are_refused_where_features_are_averaged(cnn, images):
+    """A network of the user's own: it has maps, but they are not what its head gets."""
+    features = cnn.forward_features
+
+    def averaged(x, return_intermediates=False):
+        A, layers = features(x, return_intermediates=True)
+        return (A.mean((2, 3)), layers) if return_intermediates else A.mean((2, 3))
+
+    cnn.forward_features, cnn.forward_head = averaged, lambda x: cnn.head(x)
+    assert attribution.class_maps(forward_pass(cnn, images)) is None
+
+
 def test_the_difference_of_two_classes(cnn, vit, images):
     others = (TARGETS + 1) % 10
     for model in (cnn, vit):

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -38,7 +40,7 @@ import models
 import train_cnn
 import train_vit
 import training
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import load_data
 
 CLASSES = ["bright", "dark"]  # of the fixture `photos`
@@ -293,6 +295,20 @@ def test_stopped_peer_is_measured(photos, monkeypatch, capsys):
     assert result["finished"] is False and 0 <= result["test_accuracy"] <= 1
 
 
+def test_a_signal_ends_a_benchmark_without_advice_to_resume():
+    class Interrupted(list):
+        def __iter__(self):
+            yield self[0]
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield self[0]
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    batches = Interrupted([(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))] * 2)
+    with pytest.raises(SystemExit, match="143"):  # which train_peer.py catches
+        common.train_for(model, optimizer, batches, None, classes=2)
+
+
 def test_schedules_of_the_peers():
     rates = [train_peer.cosine_restarts(step, 60, 0.0, 0.1, epochs=60) for step in range(60)]
     assert rates[:16] == [0.1] * 16 and rates[30] == 0.1  # each cosine starts at the peak
@@ -317,12 +333,13 @@ def test_train_for_uses_the_schedule_and_restores_what_it_replaces():
     assert "benchmark" not in models.MODELS and training.lr_at(0, 1, 0, 0.5) == 0.5
 
 
-def test_seeds(results, photos, tmp_path, monkeypatch):
+def test_seeds(results, photos, tmp_path, monkeypatch, fails):
     argv = ["cnn", "--seeds", "0", "1", "--target", "0", "--out-dir", str(tmp_path), *results.flags]
     flags = ["--dataset", "folder", "--data-dir", str(photos), "--epochs", "1", "--pictures", "off"]
     seeds.main([*argv, "--", *flags])
-    monkeypatch.setattr(train_cnn, "main", None)  # existing runs are only measured
-    seeds.main(argv)
+    with monkeypatch.context() as patched:
+        patched.setattr(train_cnn, "main", None)  # existing runs are only measured
+        seeds.main(argv)
     row, again = results.rows()
     assert_environment(row)
     assert row["runs"] == again["runs"]
@@ -333,6 +350,12 @@ def test_seeds(results, photos, tmp_path, monkeypatch):
         assert 0 <= run["val_accuracy"] <= 1
         assert run["epochs"] == 1 and run["finished"] is True
         assert run["seconds_to_target"] == run["seconds"]  # any accuracy reaches 0
+    line = fails(seeds.main, *argv, "--", *flags, "--lr", "0.5")
+    assert "--lr 0.5 conflicts with the run" in line
+    other = tmp_path / "cnn-seed1" / "last.pt"
+    state = load_checkpoint(other)
+    save_checkpoint(other, state | {"settings": state["settings"] | {"shift": 1}})
+    assert "the runs differ in shift" in fails(seeds.main, *argv)
     tests = [run["test_accuracy"] for run in row["runs"]]
     assert row["test_mean"] == round(statistics.mean(tests), 4)
     assert (row["test_std"] or 0) == round(statistics.stdev(tests), 4)
@@ -420,6 +443,9 @@ def test_curves(teacher, tmp_path, fails):
         assert point.value == pytest.approx(history[-1][f"{part}_accuracy"])
         assert platform.node().encode() not in file.read_bytes() + file.name.encode()
     assert "exists already" in fails(curves.main, teacher, tmp_path / "curves")
+    history = [row | {"val_loss": None, "val_accuracy": None} for row in history]
+    curves.write_curves(history, tmp_path / "without")
+    assert [path.name for path in (tmp_path / "without").iterdir()] == ["train"]
 
 
 # ---------------------------------------------------------------- gpu.py

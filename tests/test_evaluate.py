@@ -279,6 +279,20 @@ def test_trainings_on_other_images_are_no_seeds_of_one_recipe(trained):
     assert evaluate.recipe(model) != evaluate.recipe(other)
 
 
+def test_an_unfinished_training_is_no_seed_of_a_finished_one(trained):
+    (model,) = load_models([str(trained["cnn"])], torch.device("cpu"))
+    other = copy.deepcopy(model)
+    other.checkpoint["settings"]["seed"] = 5
+    other.checkpoint["history"].append(other.checkpoint["history"][-1])
+    assert evaluate.recipe(model) != evaluate.recipe(other)
+
+
+def test_all_ties_of_confused_pairs_are_counted():
+    matrix = np.triu(np.ones((8, 8), int), 1) + 5 * np.eye(8, dtype=int)
+    said = report._confusions({"cnn": {"confusion_matrix": matrix.tolist()}}, list("abcdefgh"))
+    assert "in 1 images (as often: 27 more)" in said
+
+
 def test_a_checkpoint_given_twice_is_refused(trained, tmp_path, fails):
     path = trained["cnn"]
     assert f"{path} is named twice" in fails(evaluate.main, path, path)

@@ -159,6 +159,15 @@ def test_the_command_to_resume_is_not_that_of_a_run_to_replace(tmp_path, whole):
     assert "run the same command" in stopping.how_to_resume(end.value, "x.py")
 
 
+def test_the_command_to_resume_keeps_the_flags_of_one_that_resumes():
+    stop = stopping.Stopped()
+    stop.saved, stop.out_dir = True, Path("my runs/a")
+    said = stopping.how_to_resume(stop, "x.py", ["--epochs", "3"])
+    assert said.endswith("python x.py --resume --out-dir 'my runs/a'")
+    argv = ["--resume", "--out-dir", "a", "--data-dir", "moved"]
+    assert stopping.how_to_resume(stop, "x.py", argv).endswith("--data-dir moved")
+
+
 def test_a_resumed_run_does_not_replace_itself(tmp_path, interrupted):
     """Though it was begun with --overwrite."""
     interrupted(train_cnn.main, *ARGV, "--overwrite", "--out-dir", tmp_path)

@@ -463,6 +463,7 @@ def test_figures_of_many_classes_are_bounded():
         (["short", "x" * 20], ["short", "x" * 20]),
         (["a" * 30], ["a" * 9 + "…" + "a" * 9]),
         (["same/" * 6] * 2, ["same/same…ame/same/"] * 2),  # two images of one class
+        (["long_" * 5, "long_" * 6], ["long_l…", "long_l…long_"]),  # one begins the other
     ],
 )
 def test_shortened_names(names, short):
@@ -658,10 +659,53 @@ def test_a_moved_set_whose_test_images_may_have_been_trained_on(tmp_path, capsys
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     models = load_models([str(tmp_path / "run" / "best.pt")], torch.device("cpu"))
     load_data_for(models, None, tmp_path / "b")
-    assert "was trained on other files" not in capsys.readouterr().err
+    assert "was trained on other images" not in capsys.readouterr().err
     solid(tmp_path / "b" / "cat" / "more.png")
     load_data_for(models, None, tmp_path / "b")
-    assert "run was trained on other files" in capsys.readouterr().err
+    assert "run was trained on other images" in capsys.readouterr().err
+    for part in ("train", "test"):  # by hand, as a message advises
+        shutil.copytree(tmp_path / "b", tmp_path / "c" / part)
+    load_data_for(models, None, tmp_path / "c")
+    assert "are in this test split" in capsys.readouterr().err
+
+
+def test_validation_images_of_other_data_may_have_been_trained_on(tmp_path, capsys):
+    for part in ("train", "test"):
+        classes_of(tmp_path / "a" / part, "cat", "dog")
+    train_cnn.main(folder_flags(tmp_path / "a", "--out-dir", tmp_path / "run"))
+    models = load_models([str(tmp_path / "run" / "best.pt")], torch.device("cpu"))
+    (caveat,) = load_data_for(models, None, None, "val").caveats
+    assert "chose the epoch" in caveat
+    assert load_data_for(models, None, None).caveats == []
+    solid(tmp_path / "a" / "train" / "cat" / "more.png")
+    with pytest.raises(UserError, match="val split has changed"):
+        load_data_for(models, None, None, "val")
+    other = shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (caveat,) = load_data_for(models, None, other, "val").caveats
+    assert "are in this val split" in caveat and "use the test split" in caveat
+    classes_of(other / "val", "cat", "dog", count=1)  # not drawn: no image of train/
+    models[0].checkpoint["dataset"]["drawn"] = []
+    assert load_data_for(models, None, other, "val").caveats == []
+    models[0].checkpoint["dataset"] |= {"name": "digits", "drawn": ["val"], "content": ""}
+    capsys.readouterr()
+    (caveat,) = load_data_for(models, "folder", other, "val").caveats
+    assert "are in this val split" in caveat and caveat in capsys.readouterr().err
+
+
+def test_weights_to_start_from_may_have_seen_the_test_images(tmp_path, capsys):
+    classes_of(tmp_path / "a", "cat", "dog")
+    flags = folder_flags(tmp_path / "a")
+    train_cnn.main([*flags, "--out-dir", str(tmp_path / "one")])
+    begin = [*flags, "--init", str(tmp_path / "one" / "best.pt")]
+    train_cnn.main([*begin, "--out-dir", str(tmp_path / "same")])
+    assert "was trained on other images" not in capsys.readouterr().err
+    solid(tmp_path / "a" / "cat" / "more.png")
+    train_cnn.main([*begin, "--out-dir", str(tmp_path / "two")])
+    err = capsys.readouterr().err
+    assert "best.pt was trained on other images" in err and "this test split" in err
+    models = load_models([str(tmp_path / "two" / "best.pt")], torch.device("cpu"))
+    (caveat,) = load_data_for(models, None, None).caveats
+    assert "two was trained on other images" in caveat
 
 
 def test_checkpoints_with_other_validation_images_share_their_test_images(tmp_path):

@@ -104,6 +104,12 @@ def test_mistakes_are_the_most_confident_ones_and_the_matrix_counts_all(monkeypa
     assert set(pictures.figures(network, logits, labels)) == {
         "explained", "most confident mistakes", "confusion"
     }  # fmt: skip
+    (column,) = drawn[0][3]
+    assert column.header.endswith("predicted class, in logits")
+    network = ViT(dim=16, depth=1, heads=2, patch_size=8).eval()
+    pictures.figures(network, logits, labels)
+    (column,) = drawn[2][3]
+    assert "attention" in column.header and "class-agnostic" in column.header
     mistakes = np.stack(drawn[1][0])
     expected = split.rows(torch.tensor([7, 9, 3]))[0].permute(0, 2, 3, 1).numpy()
     assert np.array_equal(mistakes, expected)
@@ -137,6 +143,13 @@ def test_the_table_of_layers():
     assert f"|blocks.0|`Block`|`17×16`|`2,224`|`{linear + attention:,}`|" in table
     last = 16 * 16 * (17 * 3 + 1 + 2 + 2) + 2 * 17 * 16  # of the class token alone
     assert f"|blocks.1|`Block`|`1×16`|`2,224`|`{last:,}`|" in table
+
+
+def test_settings_that_are_no_text_are_escaped():
+    """A path of undecodable bytes, which TensorBoard cannot write."""
+    assert logs.hyperparameters({"teacher": "caf\udce9", "epochs": 2}) == {
+        "teacher": "caf\\udce9", "epochs": 2
+    }  # fmt: skip
 
 
 def test_text_and_hyperparameters(runs):

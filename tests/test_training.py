@@ -522,6 +522,17 @@ def test_tensorboard_has_the_curves_and_a_resumed_run_no_zigzag(tmp_path, monkey
     assert b"|batch_size|`32`|" in train_events.Tensors(tag)[0].tensor_proto.string_val[0]
 
 
+def test_curves_of_learning_rates_keep_their_names():
+    """By their peaks, also where a schedule has both groups at 0 for a step."""
+    one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in "ab")
+    sgd = torch.optim.SGD([{"params": [one], "lr": 0.1}, {"params": [two], "lr": 0.2}])
+    names = {"learning rate SGD 1": 0.1, "learning rate SGD 2": 0.2}
+    assert optimizers.learning_rates(sgd) == names
+    for group in sgd.param_groups:
+        group["initial_lr"], group["lr"] = group["lr"], 0.0
+    assert optimizers.learning_rates(sgd).keys() == names.keys()
+
+
 @pytest.mark.parametrize(("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, TINY_VIT)])
 def test_larger_images_of_a_folder(photos, tmp_path, script, tiny):
     """Both networks adapt, and what reads the checkpoint knows."""

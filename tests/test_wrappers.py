@@ -111,6 +111,8 @@ def test_a_training_by_hand_can_go_on_from_what_train_returns(tmp_path):
         same(last["model"], load_checkpoint(tmp_path / "last.pt")["model"])
         assert last.keys() == load_checkpoint(tmp_path / "last.pt").keys()
     assert [row["epoch"] for row in last["history"]] == [1, 2]
+    with pytest.raises(UserError, match="is of another run"):  # begun again: nothing is replaced
+        training.train(model, optimizer, batches, None, settings, metadata)
 
 
 def test_decay_spares_the_positions_of_a_wrapped_vit():
