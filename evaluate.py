@@ -3,12 +3,12 @@
     python evaluate.py runs/cifar10-cnn/best.pt
     python evaluate.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt --robustness
 
-Prints a table and what it says; writes into --out-dir, and to TensorBoard from there:
+Prints a table and conclusions; writes into --out-dir, and to TensorBoard from there:
 
     report.html                all of it in one file, which opens anywhere
     metrics.json               the numbers of each checkpoint
-    comparison.json            the numbers of each two; command, data, versions
-    predictions.csv            an image in each row
+    comparison.json            the numbers of each pair; command, data, versions
+    predictions.csv            one row per image
     classification_report.txt  scikit-learn's, a section per checkpoint
     *.png                      the figures of the report
 """

@@ -6,7 +6,7 @@ The image is cut into 8×8 cells, and a map ranks them. If the ranks are right, 
 the predicted class falls fast when the first cells are hidden (deletion), and rises fast when they
 are shown first (insertion). Hidden cells get the mean colour or the blurred image; or, if they are
 the patches of a ViT, they are dropped. Random order, a centred Gaussian and an edge detector are
-measured too: a method that is not above them has not been shown to be more faithful than they are.
+measured too: a method must score above them to count as faithful.
 SaCo with the mean colour favours occlusion, which hides cells in the same way.
 
 Prints tables and writes into --out-dir:

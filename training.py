@@ -57,7 +57,7 @@ def train(
 
     Args:
         model: on its device; may be wrapped in torch.compile or DataParallel.
-        optimizer: over the model's parameters. A group's `initial_lr`, or else `lr`, is its peak.
+        optimizer: over the model's parameters. A group's peak is `initial_lr`, or else `lr`.
         train_batches: an iterable of `(images, labels)` with a length; each time it is iterated it
             gives an epoch. Labels are class indices (B,), or class probabilities (B, C).
         val_batches: the same for validation, with class indices; or None.
@@ -67,7 +67,9 @@ def train(
         pictures: called after each epoch, as `logs.Pictures`, or None.
 
     Raises:
-        UserError: wrong metadata, a checkpoint that does not fit, or a loss that is not finite.
+        UserError: wrong metadata, a checkpoint that does not fit, another run in the folder, or a
+            loss that is not finite.
+        ValueError: there are no batches.
         Stopped: SIGINT or SIGTERM has come; a step was finished.
     """
     network = unwrap(model)  # a wrapper would add a prefix to the checkpoint's keys
