@@ -252,12 +252,12 @@ def measure(model: TrainedModel, split, methods: list[str]) -> tuple[dict, dict]
 def check_sanity(model: TrainedModel, split, maps: dict) -> dict[str, dict[str, float]]:
     """Mean absolute rank correlation of each map with two others of the same method.
 
-    "random_weights": the map of the same image by the same network, untrained. If a method shows
-    what was learned, its maps must change (Adebayo et al. 2018, arXiv 1810.03292). A constant map
-    counts as unchanged. "another_image": how alike unrelated maps are.
+    "random_weights": the map of the same image by the same network, untrained, of another seed. If
+    a method shows what was learned, its maps must change (Adebayo et al. 2018, arXiv 1810.03292). A
+    constant map counts as unchanged. "another_image": how alike unrelated maps are.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(model.checkpoint["settings"].get("seed", 0) + 1)
         random = build_model(model.checkpoint["model_name"], model.checkpoint["model_config"])
     random.to(next(model.network.parameters()).device)
     others, _ = maps_of(model, random, split, [name for name in maps if name in METHODS])

@@ -34,6 +34,15 @@ def fails(capsys):
 
 
 @pytest.fixture
+def numbers_only(monkeypatch):
+    """Evaluations without figures and TensorBoard, which take seconds."""
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "draw", lambda *_: {})
+    monkeypatch.setattr(evaluate, "write_tensorboard", lambda *_: None)
+
+
+@pytest.fixture
 def interrupted(monkeypatch):
     """Call `main(argv)`; Ctrl-C comes before its second epoch is saved."""
     import training

@@ -51,10 +51,10 @@ def _start(rank, environment, function, args):
     torch.distributed.destroy_process_group()
 
 
-def train_steps(name: str, folder, val_images: int, draws: list | None = None) -> None:
-    """Three steps of SGD with batches of 12, half of them mixed; last.pt is the result.
+def train_steps(name: str, folder, val_images: int, draws: list | None = None, frozen=True) -> dict:
+    """Three steps of SGD with batches of 12, half of them mixed; what last.pt has is returned.
 
-    draws: where a number is put that the network draws at each step.
+    draws: where a number is put that the network draws at each step. frozen: norms of the CNN.
     """
     torch.manual_seed(0)
     images = torch.randint(0, 256, (36, 3, 32, 32), dtype=torch.uint8)
@@ -66,7 +66,7 @@ def train_steps(name: str, folder, val_images: int, draws: list | None = None) -
     model = {"vit": ViT, "cnn": CNN}[name](**config)
     if draws is not None:
         model.register_forward_hook(lambda *_: draws.append(torch.rand(()).item()))
-    if name == "cnn":  # norms frozen: a batch's statistics would be of each part alone
+    if name == "cnn" and frozen:  # a batch's statistics would be of each part alone
         real, model.train = model.train, lambda mode=True: real(False)
     metadata = make_metadata(
         name, config, classes=CLASSES, mean=normal["mean"], std=normal["std"],
@@ -76,7 +76,7 @@ def train_steps(name: str, folder, val_images: int, draws: list | None = None) -
     settings = TrainingSettings(
         out_dir=folder, epochs=1, label_smoothing=0.1, clip=1.0, ema_decay=0.9
     )
-    train(model, torch.optim.SGD(model.parameters(), 0.1), batches, val, settings, metadata)
+    return train(model, torch.optim.SGD(model.parameters(), 0.1), batches, val, settings, metadata)
 
 
 @pytest.mark.parametrize(("name", "number"), [("vit", 2), ("vit", 3), ("cnn", 2)])
@@ -133,6 +133,19 @@ def statistics() -> None:
 
 def test_statistics_of_norms_are_averaged_and_odd_batches_refused():
     in_processes(2, statistics)
+
+
+def statistics_of_a_training(folder) -> None:
+    last = train_steps("cnn", folder, 11, frozen=False)
+    for part in ("model", "ema"):
+        mean = last[part]["stem_norm.running_mean"]
+        first = mean.clone()
+        torch.distributed.broadcast(first, 0)
+        torch.testing.assert_close(mean, first)
+
+
+def test_after_an_epoch_all_processes_have_the_same_statistics(tmp_path):
+    in_processes(2, statistics_of_a_training, tmp_path)
 
 
 def call(main, *argv) -> None:

@@ -205,7 +205,9 @@ def test_curves_that_cannot_be_written_do_not_end_a_training(tmp_path, monkeypat
     )
     train(tmp_path)
     assert checkpoint.load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
-    for line in capsys.readouterr().err.splitlines():
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    for line in lines:
         assert line.startswith(f"warning: {tmp_path}/")
         assert "(No space left on device): free some space; the work goes on" in line
 

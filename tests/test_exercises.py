@@ -332,7 +332,7 @@ def test_bug_softmax_twice(run, before):
 CAUGHT_BY = {
     "bug-1-no-zero-grad": "training::test_steps_are_those_of_gradient_descent_written_out",
     "bug-2-clip-scaled": "training::test_gradients_are_unscaled_before_they_are_clipped",
-    "bug-3-validate-in-train-mode": "training::test_validation_scores_the_weights_of_best_pt",
+    "bug-3-validate-in-train-mode": "training::test_validation_leaves_batch_norm_alone",
     "bug-4-softmax-twice": "training::test_steps_are_those_of_gradient_descent_written_out",
     "bug-5-test-statistics": "data::test_statistics_are_those_of_the_pixels",
     "bug-6-same-draws": "distributed::test_a_network_draws_other_numbers_in_each_process",
@@ -348,7 +348,7 @@ def run_tests(folder, test: str) -> None:
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     os.chdir(folder)
     with Path("said.txt").open("w") as said, contextlib.redirect_stdout(said):
-        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--capture=no", test]))
+        sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--capture=no", test]))
 
 
 @pytest.mark.parametrize("bug", CAUGHT_BY)

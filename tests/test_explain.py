@@ -1,3 +1,5 @@
+import re
+
 import matplotlib
 import numpy as np
 import pytest
@@ -177,6 +179,8 @@ def test_both_checkpoints_in_one_figure(trained, tmp_path, capsys):
     mean, std = (255 * torch.tensor(checkpoint[key]).view(3, 1, 1) for key in ("mean", "std"))
     x = (images - mean) / std
     assert model(x).argmax(1).tolist() == maps["predictions"][0].tolist()
+    a, b, c = model(x)[0].topk(3).indices.tolist()
+    assert re.search(rf"digits-cnn: {a} \S+  {b} \S+  {c} \S+\n", out)
     seven = attribution.attribute(model, x, torch.full((3,), 7))
     np.testing.assert_allclose(maps["digits-cnn_grad-cam_7"], seven, rtol=1e-4, atol=1e-6)
     assert maps["digits-vit_attention"].shape == (3, 4, 4)
@@ -221,7 +225,7 @@ def test_wrong_images_show_predicted_true_and_their_difference(trained, tmp_path
     assert said in capsys.readouterr().out
 
 
-def test_classes_match_by_name_not_by_place(trained, tmp_path):
+def test_classes_match_by_name_not_by_place(trained, tmp_path, capsys):
     """A checkpoint whose classes are in another order, its head likewise, explains the same."""
     state = load_checkpoint(trained["cnn"])
     order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
@@ -232,6 +236,8 @@ def test_classes_match_by_name_not_by_place(trained, tmp_path):
     argv = [trained["cnn"], tmp_path / "shuffled.pt", "--save-maps", "--no-figures"]
     argv += ["--target", "predicted", "3"]
     explain.main([*map(str, argv), "--out-dir", str(tmp_path)])
+    said = "rank correlation of digits-cnn_grad-cam_3 and shuffled_grad-cam_3"
+    assert re.search(rf"{said}.*: \+1\.00", capsys.readouterr().out)
     maps = np.load(tmp_path / "digits-cnn+shuffled_maps-any.npz")
     assert (maps["predictions"][0] == maps["predictions"][1]).all()
     for target in ("predicted", "3"):

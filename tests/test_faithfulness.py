@@ -162,9 +162,27 @@ def test_the_command(trained, tmp_path, capsys):
     assert len(vit["curves"]["mean"]["chance"]["deletion"]) == 17
     assert vit["random_weights"]["edges"] == pytest.approx(1)
     assert 0 < vit["another_image"]["edges"] < 0.9
+    assert vit["random_weights"]["grad-cam"] < 0.99
     assert {file.name for file in tmp_path.glob("*.png")} == {
         "digits-cnn_faithfulness.png", "digits-vit_faithfulness.png"
     }  # fmt: skip
+
+
+def test_what_is_said_of_methods_and_controls(capsys):
+    """ "good" is above the centre, "weak" is not above chance."""
+    noise = torch.linspace(-0.1, 0.1, 50)
+    values = {"good": noise + 0.3, "weak": noise, "random": noise, "center": noise + 0.1}
+    scores = {"mean": {name: dict.fromkeys(("deletion", "insertion", "SaCo"), value)
+                       for name, value in values.items()}}  # fmt: skip
+    faithfulness.print_scores("cnn", scores, faithfulness.summarise(scores))
+    out = capsys.readouterr().out
+    for kind in ("deletion", "insertion", "SaCo"):
+        assert (
+            f"{kind}, mean: best good; not significantly better than: weak" not in out
+            and f"{kind}, mean: best good; not significantly above chance: weak; not significantly "
+            "above center: weak\n"
+            in out
+        )
 
 
 def test_identical_maps_are_scored_once(trained, monkeypatch, capsys):

@@ -53,6 +53,8 @@ def test_scores_are_those_of_scikit_learn(case):
     by_class = [sk.brier_score_loss(onehot[:, i], p[:, i].clip(0, 1)) for i in ids]
     assert ours["brier"] == pytest.approx(sum(by_class))
     assert ours["confusion_matrix"] == sk.confusion_matrix(labels, guess, labels=ids).tolist()
+    assert ours["confidence"] == pytest.approx(p.max(1).mean())
+    assert ours["coverage"]["100%"] == pytest.approx(ours["accuracy"])
     json.dumps(ours, allow_nan=False)
 
 

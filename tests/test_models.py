@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 
-from models import CNN, Attention, ViT, build_model, count_parameters
+from models import CNN, Attention, ViT, build_model, count_multiply_adds, count_parameters
 from train_cnn import RECIPE as CNN_RECIPE
 from train_vit import RECIPE as VIT_RECIPE
 
@@ -28,9 +29,30 @@ def images():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_budgets():
-    assert count_parameters(recipe_model("cnn")) <= 559_178
-    assert count_parameters(recipe_model("vit")) <= 2_700_000
+@pytest.mark.parametrize(
+    ("name", "parameters", "millions", "most"),
+    [("cnn", 551_354, 59, 559_178), ("vit", 1_806_538, 112, 2_700_000)],
+)
+def test_sizes_are_those_that_readme_says(name, parameters, millions, most):
+    model = recipe_model(name).eval()
+    assert count_parameters(model) == parameters <= most
+    assert round(count_multiply_adds(model, torch.zeros(1, 3, 32, 32)) / 1e6) == millions
+    page = (ROOT / "README.md").read_text()
+    assert f"{parameters:,}" in page and f"{millions} M" in page
+
+
+def test_stochastic_depth_grows_with_the_block():
+    blocks = ViT(depth=4, drop_path=0.3).blocks
+    assert [block.drop_path.p for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_positions_are_sines_and_cosines():
+    positions = ViT(dim=16, heads=2, patch_size=8).positions[0]  # 1 + 16 tokens
+    assert not positions[0].any()
+    row = []
+    for wave, place in ((math.sin, 1), (math.cos, 1), (math.sin, 2), (math.cos, 2)):  # y = 1, x = 2
+        row += [wave(place * 10_000 ** (-i / 4)) for i in range(4)]
+    assert positions[1 + 4 + 2].tolist() == pytest.approx(row, abs=1e-6)
 
 
 def test_batch_gives_what_single_images_give_and_images_differ(model, images):

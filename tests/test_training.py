@@ -320,6 +320,9 @@ def test_validation_is_the_plain_loss_and_accuracy_of_all_images():
     assert found["val_accuracy"] == (log_p.argmax(1) == labels).sum().item() / 19
     torch.testing.assert_close(answers[0], model(images))
     assert torch.equal(answers[1], labels)
+    settings = TrainingSettings(out_dir="", limit_batches=2)
+    _, answers = training.validate(model, batches, settings, contextlib.nullcontext())
+    assert torch.equal(answers[1], labels[:16])
 
 
 def test_a_tie_makes_the_later_epoch_the_best():
@@ -390,6 +393,25 @@ def test_a_flag_that_an_older_run_lacks_has_its_default(trained, tmp_path, fails
     assert "--mix 0.5 conflicts" in fails(
         train_cnn.main, "--resume", "--mix", 0.5, "--out-dir", run
     )
+
+
+def test_batches_for_training_have_the_flags_of_augmentation():
+    flags = {"batch_size": 8, "flip": True, "shift": 3, "erase": 5, "trivial_augment": 0.5}
+    flags |= {"mix": 0.25, "balance": True}
+    batches, val_batches = prepare.make_batches(
+        load_data("digits", "."), SimpleNamespace(**flags), torch.device("cpu")
+    )
+    assert {key: getattr(batches, key) for key in flags} == flags
+    assert batches.train and not val_batches.train
+
+
+def test_forward_is_in_the_type_of_amp(tmp_path):
+    for amp, dtype in (("bf16", torch.bfloat16), ("off", torch.float32)):
+        model, batches, optimizer = linear_and_batches()
+        found = []
+        model.register_forward_hook(lambda *args, found=found: found.append(args[-1].dtype))
+        train_linear(tmp_path / amp, batches, model, optimizer, amp=amp)
+        assert found[-6:] == [dtype] * 6  # two epochs of three batches
 
 
 def test_every_epoch_has_its_own_seed(tmp_path):
@@ -534,7 +556,7 @@ def test_curves_of_learning_rates_keep_their_names():
 
 
 @pytest.mark.parametrize(("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, TINY_VIT)])
-def test_larger_images_of_a_folder(photos, tmp_path, script, tiny):
+def test_larger_images_of_a_folder(photos, tmp_path, script, tiny, numbers_only):
     """Both networks adapt, and what reads the checkpoint knows."""
     argv = ["--dataset", "folder", "--data-dir", photos, "--image-size", 64, "--batch-size", 8]
     argv += [
@@ -581,7 +603,7 @@ def test_sizes_are_not_mixed(trained, photos, tmp_path, fails):
     assert "trained on other images, sizes" in fails(train_vit.main, *argv)
 
 
-def test_a_test_split_that_has_changed_is_refused(photos, tmp_path, fails):
+def test_a_test_split_that_has_changed_is_refused(photos, tmp_path, fails, numbers_only):
     """A folder of one level: an image renamed after the training, which moves all the others."""
     root = shutil.copytree(photos / "train", tmp_path / "photos")
     argv = ["--dataset", "folder", "--data-dir", root, "--batch-size", 8, "--epochs", 1]

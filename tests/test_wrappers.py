@@ -78,9 +78,8 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_model_leaves_no_prefix(tmp_path, wrapper, ema_decay):
+def test_a_wrapped_model_leaves_no_prefix(tmp_path, wrapper):
     batches = [(IMAGES, torch.arange(16) % 10)] * 2
     results = []
     for name, wrap in (("plain", lambda model: model), ("wrapped", WRAPPERS[wrapper])):
@@ -89,7 +88,7 @@ def test_a_wrapped_model_leaves_no_prefix(tmp_path, wrapper, ema_decay):
         model = wrap(network)
         assert unwrap(model) is network
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        settings = TrainingSettings(out_dir=tmp_path / name, ema_decay=ema_decay)
+        settings = TrainingSettings(out_dir=tmp_path / name, ema_decay=0.9)
         metadata = make_metadata("cnn", CONFIG, **FACTS)
         training.train(model, optimizer, batches, batches, settings, metadata)
         results.append([load_checkpoint(tmp_path / name / f"{f}.pt") for f in ("best", "last")])
