@@ -97,6 +97,9 @@ class Batches:
             order = torch.multinomial(weights, len(labels), replacement=True, generator=generator)
         else:
             order = torch.randperm(len(self.split), generator=generator)
+        order = order.to(
+            self.split.indices.device
+        )  # now: a copy at each step would make a GPU wait
         for step in range(len(self)):
             # Other seeds than that of the order: one for our draws, one for torchvision's below.
             generator = torch.Generator(self.device).manual_seed(seed + 1 + step)

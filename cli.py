@@ -92,7 +92,8 @@ def command(main):
                 elif distributed.is_lost(error):
                     message = "torchrun: another process has ended; --resume repeats the epoch"
                 elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    message = "--compile: it fails here (it needs a C++ compiler): omit it"
+                    reason = str(error).strip().splitlines()[-1][:200]
+                    message = f"--compile: {reason}: omit it (it needs a C++ compiler)"
                 else:
                     raise
             except Stopped as stop:
