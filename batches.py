@@ -19,7 +19,7 @@ from data import Split
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 64-bit number for several, such as (seed, epoch). Zeros at the end change nothing."""
+    """One 64-bit number for several, such as (seed, epoch). (1, 0) gives what (1,) gives."""
     # seed + epoch would not do: epoch 2 of seed 0 would be epoch 1 of seed 1.
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
@@ -97,9 +97,8 @@ class Batches:
             order = torch.multinomial(weights, len(labels), replacement=True, generator=generator)
         else:
             order = torch.randperm(len(self.split), generator=generator)
-        order = order.to(
-            self.split.indices.device
-        )  # now: a copy at each step would make a GPU wait
+        # Once: a copy at each step would make a GPU wait.
+        order = order.to(self.split.indices.device)
         for step in range(len(self)):
             # Other seeds than that of the order: one for our draws, one for torchvision's below.
             generator = torch.Generator(self.device).manual_seed(seed + 1 + step)

@@ -92,8 +92,8 @@ def command(main):
                 elif distributed.is_lost(error):
                     message = "torchrun: another process has ended; --resume repeats the epoch"
                 elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    reason = str(error).strip().splitlines()[-1][:200]
-                    message = f"--compile: {reason}: omit it (it needs a C++ compiler)"
+                    reason = " ".join(str(error).split("\n\nSet TORCH")[0].split())[:200]
+                    message = f"--compile: omit it, or install a C++ compiler ({reason})"
                 else:
                     raise
             except Stopped as stop:

@@ -131,7 +131,7 @@ def load_data(
         classes = _folder_classes(data_dir, listing, classes)
         labels, parts = _folder_splits(data_dir, listing, classes)
         notes, files = listing.notes, [file.path for file in listing.files]
-        drawn = tuple({"val", "test"} - set(listing.parts))
+        drawn = tuple(part for part in ("val", "test") if part not in listing.parts)
     else:
         raise UserError(f"--dataset {name}: unknown; use cifar10, digits or folder")
 

@@ -152,9 +152,9 @@ def recipe(model: TrainedModel) -> str:
     """What two training runs share that differ in the seed alone; of unknown settings, the file."""
     c = model.checkpoint
     same = {k: v for k, v in c["settings"].items() if k not in {*CHANGEABLE, "seed", "run_id"}}
-    images = {k: v for k, v in c["dataset"].items() if k != "data_dir"}
-    network, length = [c["model_name"], c["model_config"], c["classes"]], len(c["history"])
-    shared = [*network, length, images, same or model.path]
+    images = {k: v for k, v in c["dataset"].items() if k not in ("data_dir", "drawn")}
+    network = [c["model_name"], c["model_config"], c["classes"]]
+    shared = [network, len(c["history"]), images, same or model.path]
     return json.dumps(shared, sort_keys=True)
 
 

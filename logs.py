@@ -57,13 +57,16 @@ def open_logs(settings, step: int, metadata: dict, network: nn.Module):
 
     Returns:
         (`Logs` or None, the event files of a run that --overwrite replaces).
+
+    Raises:
+        UserError: there is another run in the folder, or it cannot be written.
     """
-    print(TABLE_HEAD, flush=True)
-    if distributed.rank():
-        return None, []
     last = Path(settings.out_dir, "last.pt")
     if step == 0 and not settings.overwrite and last.exists():
         raise UserError(f"{last} is of another run: choose another out_dir, or overwrite=True")
+    print(TABLE_HEAD, flush=True)
+    if distributed.rank():
+        return None, []
     from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
     from torch.utils.tensorboard.summary import hparams
 

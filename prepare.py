@@ -74,11 +74,11 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         notes.append(f"{flags.amp} as before, but slow on this device: --amp off is faster")
     if source is not None:
         if set(source[1]["classes"]) == set(data.classes):
-            before = source[1]["dataset"]
-            metadata["dataset"]["before"] = [before, *before.get("before", ())]
+            last = source[1]["dataset"]
+            metadata["dataset"]["before"] = [last | {"before": []}, *last.get("before", ())]
             for split in ("val", "test"):
-                if caveat := trained_before(f"--init {flags.init}", before, data, split):
-                    warn(caveat)
+                if caveat := trained_before(f"--init {flags.init}", last, data, split):
+                    warn(f"{caveat}: use other weights")
         head = start_from(model, *source, config, data.classes)
         notes.append(f"starting from the weights of {flags.init}{head}")
     train_batches, val_batches = make_batches(data, flags, device)
@@ -195,12 +195,9 @@ def trained_before(name: str, trained_on: dict, data: Data, split: str) -> str:
         if split == "val":
             differ = not same_name or other_files(images, data.sizes, data.content)
         if differ and split in {*data.drawn, *images.get("drawn", ())}:
-            advice = (
-                "use the test split" if split == "val" else "make train/ and test/, train again"
-            )
             return (
                 f"{name} was trained on other images. If some of them are in this {split} split, "
-                f"accuracy on it is too high: {advice}"
+                "accuracy on it is too high"
             )
     return ""
 
@@ -299,8 +296,8 @@ def _name(path: str) -> str:
     file = Path(path)
     if file.stem not in ("best", "last"):
         return file.stem
-    hidden = file.parent.name.strip(".") == ""  # "", . or ..
-    return (file.parent.resolve() if hidden else file.parent).name
+    nameless = file.parent.name.strip(".") == ""  # "", . or ..
+    return (file.parent.resolve() if nameless else file.parent).name
 
 
 def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
@@ -363,15 +360,14 @@ def load_data_for(
         if split in data.drawn and changed and not moved:
             raise UserError(
                 f"files were added, removed or changed since {model.name} was trained, so the "
-                f"{split} split has changed: train again, after making train/ and test/ if it is "
-                "to stay"
+                f"{split} split has changed: train again (a folder {split}/ would not change)"
             )
         if caveat := trained_before(model.name, trained_on, data, split):
-            warn(caveat)
+            data.caveats.append(caveat)
+            warn(f"{caveat}: train again on these, or use images that it cannot have seen")
         own = name == trained_on["name"] and not other_files(trained_on, data.sizes, data.content)
-        if own and split == "val":
-            caveat = "these images chose the epoch, so the accuracy on them is a little too high"
-        if caveat and caveat not in data.caveats:
+        caveat = "these images chose the epoch, so the accuracy on them is a little too high"
+        if own and split == "val" and caveat not in data.caveats:
             data.caveats.append(caveat)
     return data
 

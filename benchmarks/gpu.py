@@ -11,9 +11,9 @@ r"""All that is to be measured on a GPU, in three parts, the most important runs
 
 In parts 2 and 3 the runs share the GPU, so their times do not measure speed. When the time is
 up, unfinished runs are stopped, and the weights reached by then are measured; later ones are left
-out. Writes logs, a JSON file per part (after each run) and weights in half precision into
---out-dir, and prints a table. --tiny: a few steps each, one run after the other in this process, to
-try the script on a CPU.
+out. Writes logs, a JSON file per part, which grows with each run of part 1, and weights in half
+precision into --out-dir, and prints a table. --tiny: a few steps each, one run after the other in
+this process, to try the script on a CPU.
 """
 
 import contextlib
@@ -59,14 +59,15 @@ def run_jobs(args, *jobs: Job) -> None:
 
     With --tiny, run them one by one in this process. Output goes into <name>.log.
     """
+    for job in jobs:  # of an earlier call
+        shutil.rmtree(run_folder(args, job.name), ignore_errors=True)
+        for suffix in ("json", "log", "pt"):
+            (args.out_dir / f"{job.name}.{suffix}").unlink(missing_ok=True)
     if time.time() > args.deadline:
         print(f"no time for {', '.join(job.name for job in jobs)}", flush=True)
         return
     for job in jobs:
         print(f"{job.name}: {Path(job.script.__file__).name} {' '.join(job.argv)}", flush=True)
-        shutil.rmtree(run_folder(args, job.name), ignore_errors=True)
-        for suffix in ("json", "pt"):
-            (args.out_dir / f"{job.name}.{suffix}").unlink(missing_ok=True)
     if args.tiny:
         for job in jobs:
             with open_log(args, job) as log, contextlib.redirect_stdout(log):
@@ -110,15 +111,8 @@ def run_folder(args, name: str) -> Path:
 def training_job(args, name: str, model: str, seed: int, *flags: str) -> Job:
     """A run of ours, in --out-dir/runs/<name>."""
     argv = ["--dataset", "folder", "--data-dir", str(args.data_dir), *flags, *args.limits]
-    argv += [
-        "--pictures",
-        "off",
-        "--seed",
-        str(seed),
-        "--out-dir",
-        str(run_folder(args, name)),
-        "--overwrite",
-    ]
+    argv += ["--pictures", "off", "--overwrite", "--seed", str(seed)]
+    argv += ["--out-dir", str(run_folder(args, name))]
     return Job(name, SCRIPTS[model], argv)
 
 
@@ -137,7 +131,8 @@ def measure_speed(args, name: str, *flags: str) -> None:
     size = ["--rounds", "1", "--steps", "3"] if args.tiny else ["--rounds", "2", "--steps", "30"]
     for model in ("cnn", "vit"):
         argv = [model, *size, *flags, "--results", str(args.out_dir / "throughput.jsonl")]
-        run_jobs(args, job := Job(f"{name}-{model}", throughput, argv))
+        job = Job(f"{name}-{model}", throughput, argv)
+        run_jobs(args, job)
         with contextlib.suppress(FileNotFoundError):  # there was no time
             print((args.out_dir / f"{job.name}.log").read_text())
 
@@ -149,10 +144,8 @@ def fast_recipes(args) -> dict:
     for seed in args.seeds:
         for kind in ("fast", "fast-512"):
             for model, target in (("cnn", 0.9), ("vit", 0.711)):
-                flags, name = (
-                    LARGE_BATCH[model] if kind == "fast-512" else [],
-                    f"{model}-{kind}-{seed}",
-                )
+                name = f"{model}-{kind}-{seed}"
+                flags = LARGE_BATCH[model] if kind == "fast-512" else []
                 run_jobs(args, training_job(args, name, model, seed, *flags))
                 results |= measured(args, [name], target)
                 save(args, results)
@@ -212,7 +205,13 @@ def main(argv=None):
     add("--part", type=integer(1, 3), required=True, metavar="N", help="1, 2 or 3")
     add_folder_flag(parser)
     add("--out-dir", type=path_type, required=True, metavar="DIR", help="for all that is written")
-    add("--epochs", type=integer(1), default=30, metavar="N", help="in parts 2 and 3; 30 or 60")
+    add(
+        "--epochs",
+        type=integer(1),
+        default=30,
+        metavar="N",
+        help="in parts 2 and 3: 30 or 60, after which a peer's cosines end",
+    )
     add("--minutes", type=positive, default=7.5, metavar="X", help="time for the part")
     add("--tiny", action="store_true", help="one seed, two epochs of three steps")
     args = parser.parse_args(argv)
@@ -227,7 +226,6 @@ def main(argv=None):
         results = fast_recipes(args)
     else:
         results = best_and_peer(args, *(("cnn", "separable") if args.part == 2 else ("vit", "vit")))
-    save(args, results)
     show(results)
 
 

@@ -47,7 +47,7 @@ def train_and_measure(network: str, seed: int, flags: list[str], args) -> tuple[
     """The row of one seed, and the settings of its run."""
     folder = args.out_dir / f"{network}-seed{seed}"
     exists = (folder / "last.pt").exists()
-    if flags or not exists:  # a run that exists is resumed, and refused if it had other flags
+    if flags or not exists:  # a run that exists is resumed, or refused if one of the flags differs
         own = ["--seed", str(seed), "--out-dir", str(folder)]
         SCRIPTS[network].main([*flags, *own, *["--resume"] * exists])
     last = load_checkpoint(folder / "last.pt")
@@ -85,8 +85,8 @@ def main(argv=None):
     rows, settings = [], {}
     for seed in args.seeds:
         row, new = train_and_measure(args.network, seed, argv[len(own) + 1 :], args)
-        differ = [key for key in new if rows and new[key] != settings[key]]
-        if differ := ", ".join(sorted(set(differ) - CHANGEABLE)):
+        keys = {*new, *settings} - CHANGEABLE if rows else ()
+        if differ := ", ".join(sorted(key for key in keys if new.get(key) != settings.get(key))):
             raise UserError(f"{args.out_dir}: the runs differ in {differ}: use another --out-dir")
         settings = new
         rows.append(row)

@@ -295,7 +295,7 @@ def test_stopped_peer_is_measured(photos, monkeypatch, capsys):
     assert result["finished"] is False and 0 <= result["test_accuracy"] <= 1
 
 
-def test_a_signal_ends_a_benchmark_without_advice_to_resume():
+def test_a_signal_ends_a_benchmark():
     class Interrupted(list):
         def __iter__(self):
             yield self[0]

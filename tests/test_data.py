@@ -157,7 +157,7 @@ def test_automatic_augmentation_gives_uint8_and_a_draw_to_each_group():
     assert len({tuple(group[0].tolist()) for group in groups}) > 8
     half = batches.trivial_augment(images, fraction=0.5, groups=64)
     unchanged = (half == images).flatten(1).all(1)
-    assert 20 <= unchanged.sum() <= 44 + 10  # of 64; some operations are of strength 0
+    assert 20 <= unchanged.sum() <= 54  # of 64; some operations are of strength 0
 
 
 def test_labels_of_mixed_images_are_the_shares_of_what_is_in_them():

@@ -9,9 +9,10 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 import attribution
 import faithfulness
+from checkpoint import load_checkpoint
 from faithfulness import CELLS, Hiding, area, curve, curves_of, ranked, saco, score
 from metrics import interval
-from models import ViT
+from models import ViT, build_model
 from prepare import load_data_for, load_models
 
 
@@ -147,7 +148,11 @@ def test_the_edge_detector_finds_edges():
     assert maps["center"][0, 3:5, 3:5].min() == maps["center"].max()
 
 
-def test_the_command(trained, tmp_path, capsys):
+def test_the_command(trained, tmp_path, capsys, monkeypatch):
+    untrained = []
+    monkeypatch.setattr(
+        faithfulness, "build_model", lambda *a: untrained.append(build_model(*a)) or untrained[-1]
+    )
     argv = [*map(str, trained.values()), "--count", "6", "--out-dir", str(tmp_path)]
     faithfulness.main([*argv, "--method", "grad-cam", "attention"])
     out = capsys.readouterr().out
@@ -163,6 +168,9 @@ def test_the_command(trained, tmp_path, capsys):
     assert vit["random_weights"]["edges"] == pytest.approx(1)
     assert 0 < vit["another_image"]["edges"] < 0.9
     assert vit["random_weights"]["grad-cam"] < 0.99
+    torch.manual_seed(0)  # that of the training
+    start = build_model("vit", load_checkpoint(trained["vit"])["model_config"])
+    assert not torch.equal(start.patchify.weight, untrained[1].patchify.weight)
     assert {file.name for file in tmp_path.glob("*.png")} == {
         "digits-cnn_faithfulness.png", "digits-vit_faithfulness.png"
     }  # fmt: skip

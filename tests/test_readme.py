@@ -113,7 +113,7 @@ def test_python_in_readme_runs(tmp_path, monkeypatch):
     for block in (loader, load):
         exec(block, found)
     assert len(found["train_batches"]) == 2 and found["logits"].shape == (200, 10)
-    exec(by_hand_block, {"torch": torch} | by_hand(2))
+    exec(by_hand_block, by_hand(2))
     assert load_checkpoint("runs/mine/last.pt")["epoch"] == 5
 
 
