@@ -42,7 +42,13 @@ RECIPE = {  # --recipe fast
     "depths": [1, 2],
 }
 CHANGES = {
-    "best": {"epochs": 100, "trivial_augment": 1.0, "erase": 0},
+    "best": {
+        "epochs": 54,
+        "ema_decay": 0.998,
+        "trivial_augment": 0.75,
+        "widths": [64, 96],
+        "depths": [2, 2],
+    },
     "plain": {  # SGD, flips and shifts
         "lr": 0.1,
         "weight_decay": 5e-4,
