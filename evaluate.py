@@ -54,7 +54,7 @@ from figures import plot_explanations, shorten, with_plain_text
 from logs import markdown
 from metrics import METRICS, choose_mistakes, compare_all, fit_temperature, measure, probabilities
 from models import count_multiply_adds, count_parameters
-from prepare import TrainedModel, expand_patterns, load_data_for, load_models, other_files
+from prepare import TrainedModel, expand_patterns, load_data_for, load_models, same_images
 from settings import CHANGEABLE
 
 MAX_DRAWN = 3  # pairs of checkpoints, and checkpoints with their mistakes, in figures
@@ -314,9 +314,7 @@ def refuse_copies(models: list[TrainedModel]) -> None:
 
 def own_validation(model: TrainedModel, data: Data, args) -> Split | None:
     """The validation images that the model was chosen on, if there are others to measure it on."""
-    trained_on = model.checkpoint["dataset"]
-    same = trained_on["name"] == data.name
-    same = same and not other_files(trained_on, data.sizes, data.content)
+    same = same_images(model.checkpoint["dataset"], data)
     return data.val if same and len(data.val) and args.split == "test" else None
 
 

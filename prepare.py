@@ -53,13 +53,8 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         config = source[1]["model_config"] | kept
     _build(model_name, config)
     torch.manual_seed(flags.seed)
-    data = load_data(
-        flags.dataset,
-        flags.data_dir,
-        image_size=flags.image_size,
-        val_fraction=flags.val_fraction,
-        batch_size=flags.batch_size,
-    )
+    choices = {key: getattr(flags, key) for key in ("image_size", "val_fraction", "batch_size")}
+    data = load_data(flags.dataset, flags.data_dir, **choices)
     config["classes"] = len(data.classes)
     model = _build(model_name, config).to(device, memory_format=torch.channels_last)
     if flags.compile:
@@ -73,12 +68,7 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     if checkpoint is not None and slow:
         notes.append(f"{flags.amp} as before, but slow on this device: --amp off is faster")
     if source is not None:
-        if set(source[1]["classes"]) == set(data.classes):
-            last = source[1]["dataset"]
-            metadata["dataset"]["before"] = [last | {"before": []}, *last.get("before", ())]
-            for split in ("val", "test"):
-                if caveat := trained_before(f"--init {flags.init}", last, data, split):
-                    warn(f"{caveat}: use other weights")
+        remember_start(metadata, source[1], f"--init {flags.init}", data)
         head = start_from(model, *source, config, data.classes)
         notes.append(f"starting from the weights of {flags.init}{head}")
     train_batches, val_batches = make_batches(data, flags, device)
@@ -184,22 +174,39 @@ def other_files(trained_on: dict, sizes: list[int], content: str) -> bool:
     return sizes != trained_on["sizes"] or content != trained_on.get("content", content)
 
 
+def same_images(trained_on: dict, data: Data) -> bool:
+    """Whether `data` are the images of a checkpoint's data set, split alike."""
+    changed = other_files(trained_on, data.sizes, data.content)
+    return trained_on["name"] == data.name and not changed
+
+
 def trained_before(name: str, trained_on: dict, data: Data, split: str) -> str:
     """A caveat if `name` may have been trained on images of a drawn split; "" if it was not.
 
     trained_on: the data set of its checkpoint; its "before" has those of the weights of --init.
     """
     for images in (trained_on, *trained_on.get("before", ())):
-        same_name = images["name"] == data.name
-        differ = same_name and images.get("content") not in (None, data.content)
+        changed = images.get("content") not in (None, data.content)
+        differ = images["name"] == data.name and changed
         if split == "val":
-            differ = not same_name or other_files(images, data.sizes, data.content)
+            differ = not same_images(images, data)
         if differ and split in {*data.drawn, *images.get("drawn", ())}:
             return (
                 f"{name} was trained on other images. If some of them are in this {split} split, "
                 "accuracy on it is too high"
             )
     return ""
+
+
+def remember_start(metadata: dict, start: dict, name: str, data: Data) -> None:
+    """Keep in `metadata` what the weights to start from were trained on; warn if it may matter."""
+    if set(start["classes"]) != set(data.classes):  # so these are other images
+        return
+    last = start["dataset"]
+    metadata["dataset"]["before"] = [last | {"before": []}, *last.get("before", ())]
+    for split in ("val", "test"):
+        if caveat := trained_before(name, last, data, split):
+            warn(f"{caveat}: use other weights")
 
 
 def refuse_other_images(metadata: dict, checkpoint: dict) -> None:
@@ -365,9 +372,8 @@ def load_data_for(
         if caveat := trained_before(model.name, trained_on, data, split):
             data.caveats.append(caveat)
             warn(f"{caveat}: train again on these, or use images that it cannot have seen")
-        own = name == trained_on["name"] and not other_files(trained_on, data.sizes, data.content)
         caveat = "these images chose the epoch, so the accuracy on them is a little too high"
-        if own and split == "val" and caveat not in data.caveats:
+        if split == "val" and same_images(trained_on, data) and caveat not in data.caveats:
             data.caveats.append(caveat)
     return data
 

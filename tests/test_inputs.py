@@ -692,7 +692,7 @@ def test_validation_images_of_other_data_may_have_been_trained_on(tmp_path, caps
     assert "are in this val split" in caveat and caveat in capsys.readouterr().err
 
 
-def test_weights_to_start_from_may_have_seen_the_test_images(tmp_path, capsys):
+def test_weights_to_start_from_may_have_seen_the_test_images(tmp_path, capsys, interrupted):
     classes_of(tmp_path / "a", "cat", "dog")
     flags = folder_flags(tmp_path / "a")
     train_cnn.main([*flags, "--out-dir", str(tmp_path / "one")])
@@ -700,8 +700,9 @@ def test_weights_to_start_from_may_have_seen_the_test_images(tmp_path, capsys):
     train_cnn.main([*begin, "--out-dir", str(tmp_path / "same")])
     assert "was trained on other images" not in capsys.readouterr().err
     solid(tmp_path / "a" / "cat" / "more.png")
-    train_cnn.main([*begin, "--out-dir", str(tmp_path / "two")])
+    interrupted(train_cnn.main, *begin, "--epochs", 2, "--out-dir", tmp_path / "two")
     err = capsys.readouterr().err
+    train_cnn.main(["--resume", "--out-dir", str(tmp_path / "two")])  # which must not forget it
     assert "best.pt was trained on other images" in err and "this test split" in err
     models = load_models([str(tmp_path / "two" / "best.pt")], torch.device("cpu"))
     (caveat,) = load_data_for(models, None, None).caveats
