@@ -45,7 +45,8 @@ CHANGES = {
     "best": {
         "epochs": 54,
         "ema_decay": 0.998,
-        "trivial_augment": 0.75,
+        "erase": 0,
+        "mix": 0.5,
         "widths": [64, 96],
         "depths": [2, 2],
     },

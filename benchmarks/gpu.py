@@ -1,198 +1,182 @@
-r"""All that is to be measured on a GPU, in three parts, the most important runs first.
+"""Run a plan, a list of commands, on a GPU, and measure the networks that it trains.
 
-    python benchmarks/gpu.py --part 1 --data-dir data/cifar10-jpeg --out-dir gpu
-    python benchmarks/gpu.py --part 1 --data-dir data/cifar10-jpeg --out-dir try --tiny
+    python benchmarks/gpu.py benchmarks/plans/speed.txt --data-dir data/cifar10-jpeg --out-dir gpu
 
-1. Images per second and fraction of the matrix peak; the fast recipes with three seeds, one after
-   the other: time to 90% (CNN) and 71.1% (ViT) validation accuracy, at the recipe's batch size and
-   at a larger one; then images per second with and without torch.compile.
-2. The best CNN recipe with three seeds, beside separable-resnet's for as many epochs.
-3. The best ViT recipe with three seeds, beside that of Gani et al. for as many epochs.
+A line of a plan is `name: script flags`, or a comment after #. DATA stands for --data-dir, OUT for
+--out-dir. Training scripts get `--dataset folder --data-dir DATA --out-dir OUT/runs/name` too.
+Commands start in the order of the plan, --at-once side by side. One that reads a file of another
+run, as `--teacher OUT/runs/cnn/best.pt` does, waits for that run. Side by side they share the GPU,
+so their times do not measure speed.
 
-In parts 2 and 3 the runs share the GPU, so their times do not measure speed. When the time is
-up, unfinished runs are stopped, and the weights reached by then are measured; later ones are left
-out. Writes logs, a JSON file per part, which grows with each run of part 1, and weights in half
-precision into --out-dir, and prints a table. --tiny: a few steps each, one run after the other in
-this process, to try the script on a CPU.
+When the time is up, the rest is stopped, and what stopped runs have reached is measured. Writes
+name.log, weights in half precision, and results.json, which grows with each run. Prints a table.
+--tiny: two epochs of three steps, one command after the other in this process, to try a plan.
 """
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
-import shutil
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
-import throughput
-import train_peer
-from common import SCRIPTS, add_folder_flag
+from common import add_folder_flag
 from seeds import measure
 
 import checkpoint
-from cli import Parser, command, integer, make_out_dir, path_type, positive, run
+from cli import Parser, UserError, command, integer, make_out_dir, path_type, positive, run
 from data import load_data
 
-SEEDS = (0, 1, 2)
-LARGE_BATCH = {
-    "cnn": ["--batch-size", "512", "--lr", "1e-2", "--muon-lr", "0.04"],
-    "vit": ["--batch-size", "512", "--lr", "2e-3", "--muon-lr", "0.03"],
-}
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {"train_cnn": 0.9, "train_vit": 0.711}  # validation accuracies whose time is measured
+TINY = ["--epochs", "2", "--limit-batches", "3"]
 
 
 @dataclasses.dataclass
 class Job:
-    """A call of a script's `main(argv)`."""
+    """A line of a plan."""
 
     name: str
-    script: types.ModuleType
+    script: Path
     argv: list[str]
 
+    @property
+    def trains(self) -> bool:
+        return self.script.stem in TARGETS
 
-def run_jobs(args, *jobs: Job) -> None:
-    """Run the jobs side by side, a process each, until they end or the time is up.
 
-    With --tiny, run them one by one in this process. Output goes into <name>.log.
+def read_plan(args) -> list[Job]:
+    """The jobs of the plan.
+
+    Raises:
+        UserError: the plan cannot be read, or a line of it is no command.
     """
-    for job in jobs:  # of an earlier call
-        shutil.rmtree(run_folder(args, job.name), ignore_errors=True)
-        for suffix in ("json", "log", "pt"):
-            (args.out_dir / f"{job.name}.{suffix}").unlink(missing_ok=True)
-    if time.time() > args.deadline:
-        print(f"no time for {', '.join(job.name for job in jobs)}", flush=True)
-        return
-    for job in jobs:
-        print(f"{job.name}: {Path(job.script.__file__).name} {' '.join(job.argv)}", flush=True)
-    if args.tiny:
-        for job in jobs:
-            with open_log(args, job) as log, contextlib.redirect_stdout(log):
-                job.script.main(job.argv)
-        return
-    processes = {job.name: start(args, job) for job in jobs}
+    jobs = []
     try:
-        while time.time() < args.deadline and any(p.poll() is None for p in processes.values()):
-            time.sleep(0.1)
-    finally:  # also where this script is stopped
-        for name, process in processes.items():
-            if process.poll() is None:
-                print(f"{name}: stopped", flush=True)
-                process.terminate()
-    for name, process in processes.items():
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        if process.wait() not in (0, 143, -signal.SIGTERM):
-            print(f"{name}: failed with {process.returncode}; see its log", flush=True)
-
-
-def start(args, job: Job) -> subprocess.Popen:
-    """Start the job in a process of its own."""
-    command = [sys.executable, "-u", job.script.__file__, *job.argv]
-    # Without cuDNN's attention, whose backward pass has given NaN on an H100 (pocket-tts, PR 264).
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
-    with open_log(args, job) as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-
-def open_log(args, job: Job):
-    return (args.out_dir / f"{job.name}.log").open("w")
+        lines = args.plan.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{args.plan}: cannot be read ({error})") from None
+    folders = {"DATA": str(args.data_dir), "OUT": str(args.out_dir)}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, colon, words = line.partition(":")
+        words = [re.sub("DATA|OUT", lambda m: folders[m[0]], word) for word in words.split()]
+        if not colon or not words or not (ROOT / words[0]).is_file():
+            raise UserError(f"{args.plan}, line {number}: use `name: script flags`")
+        jobs.append(Job(name, ROOT / words[0], words[1:]))
+        if jobs[-1].trains:
+            jobs[-1].argv += ["--dataset", "folder", "--data-dir", str(args.data_dir)]
+            jobs[-1].argv += ["--out-dir", str(run_folder(args, name)), "--overwrite"]
+            jobs[-1].argv += ["--pictures", "off", *TINY * args.tiny]
+    return jobs
 
 
 def run_folder(args, name: str) -> Path:
     return args.out_dir / "runs" / name
 
 
-def training_job(args, name: str, model: str, seed: int, *flags: str) -> Job:
-    """A run of ours, in --out-dir/runs/<name>."""
-    argv = ["--dataset", "folder", "--data-dir", str(args.data_dir), *flags, *args.limits]
-    argv += ["--pictures", "off", "--overwrite", "--seed", str(seed)]
-    argv += ["--out-dir", str(run_folder(args, name))]
-    return Job(name, SCRIPTS[model], argv)
-
-
-def measured(args, names: list[str], target: float) -> dict:
-    """What `seeds.measure` returns for each run; runs without a checkpoint are left out."""
-    files = {name: run_folder(args, name) / "best.pt" for name in names}
-    return {name: measure(file, target) for name, file in files.items() if file.exists()}
-
-
-def save(args, results: dict) -> None:
-    (args.out_dir / f"part{args.part}.json").write_text(json.dumps(results, indent=1))
-
-
-def measure_speed(args, name: str, *flags: str) -> None:
-    """Images per second of both networks; prints the tables."""
-    size = ["--rounds", "1", "--steps", "3"] if args.tiny else ["--rounds", "2", "--steps", "30"]
-    for model in ("cnn", "vit"):
-        argv = [model, *size, *flags, "--results", str(args.out_dir / "throughput.jsonl")]
-        job = Job(f"{name}-{model}", throughput, argv)
-        run_jobs(args, job)
-        with contextlib.suppress(FileNotFoundError):  # there was no time
-            print((args.out_dir / f"{job.name}.log").read_text())
-
-
-def fast_recipes(args) -> dict:
-    """Part 1: images per second; then runs one after the other; then compiled."""
-    results = {}
-    measure_speed(args, "throughput", *[] if args.tiny else ["--peak"])
-    for seed in args.seeds:
-        for kind in ("fast", "fast-512"):
-            for model, target in (("cnn", 0.9), ("vit", 0.711)):
-                name = f"{model}-{kind}-{seed}"
-                flags = LARGE_BATCH[model] if kind == "fast-512" else []
-                run_jobs(args, training_job(args, name, model, seed, *flags))
-                results |= measured(args, [name], target)
-                save(args, results)
-    if not args.tiny:
-        measure_speed(args, "compiled", "--compile")
+def run_jobs(args, jobs: list[Job]) -> dict:
+    """Run the jobs side by side until they end or the time is up; return the measurements."""
+    waiting, running, results = list(jobs), {}, {}
+    try:
+        while (waiting or running) and time.time() < args.deadline:
+            for name, (job, process) in list(running.items()):
+                if process.poll() is not None:
+                    finish(args, job, process, results)
+                    del running[name]
+            names = {*running, *(job.name for job in waiting)}
+            free = (job for job in waiting if not needs(args, job, names - {job.name}))
+            if len(running) < args.at_once and (job := next(free, None)):
+                waiting.remove(job)
+                running[job.name] = job, start(args, job)
+            else:
+                time.sleep(0.1)
+    finally:  # also where this script is stopped
+        for job, process in running.values():
+            print(f"{job.name}: stopped", flush=True)
+            process.terminate()
+    for job, process in running.values():
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        finish(args, job, process, results)
+    if waiting:
+        print(f"no time for {', '.join(job.name for job in waiting)}", flush=True)
     return results
 
 
-def best_and_peer(args, model: str, peer: str) -> dict:
-    """Parts 2 and 3: our best recipe and a published one, side by side."""
-    jobs, names, files = [], [], {}
-    for seed in args.seeds:
-        names.append(f"{model}-best-{seed}")
-        jobs.append(training_job(args, names[-1], model, seed, "--recipe", "best"))
-        name = f"{peer}-peer-{seed}"
-        files[name] = args.out_dir / f"{name}.json"
-        argv = [peer, "--data-dir", str(args.data_dir), *args.limits, "--seed", str(seed)]
-        jobs.append(Job(name, train_peer, [*argv, "--out", str(files[name])]))
-    run_jobs(args, *jobs)
-    own = measured(args, names, 0.9)
-    peers = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    save(args, own | peers)
-    for name in own:
-        best = run_folder(args, name) / "best.pt"
-        checkpoint.main([str(best), str(args.out_dir / f"{name}.pt")])
-    return own | peers
+def needs(args, job: Job, names: set[str]) -> bool:
+    """Whether a job's flags name the folder of one of these runs."""
+    folders = {run_folder(args, name) for name in names}
+    return any(folders.intersection(Path(word).parents) for word in job.argv)
+
+
+def start(args, job: Job) -> subprocess.Popen:
+    """Start the job in a process of its own."""
+    command = [sys.executable, "-u", str(job.script), *job.argv]
+    # Without cuDNN's attention, whose backward pass has given NaN on an H100 (pocket-tts, PR 264).
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+    with (args.out_dir / f"{job.name}.log").open("w") as log:
+        log.write(f"# {job.script.name} {' '.join(job.argv)}\n")
+        log.flush()
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def finish(args, job: Job, process: subprocess.Popen, results: dict) -> None:
+    """Wait for the job's end, and measure the network that it has trained."""
+    if process.wait() not in (0, 143, -signal.SIGTERM):
+        print(f"{job.name}: failed with {process.returncode}; see its log", flush=True)
+    measure_run(args, job, results)
+
+
+def measure_run(args, job: Job, results: dict) -> None:
+    """Measure best.pt, if there is one; keep the results and the weights."""
+    best = run_folder(args, job.name) / "best.pt"
+    if not job.trains or not best.exists():
+        return
+    results[job.name] = measure(best, TARGETS[job.script.stem])
+    (args.out_dir / "results.json").write_text(json.dumps(results, indent=1))
+    with contextlib.redirect_stdout(None):
+        checkpoint.main([str(best), str(args.out_dir / f"{job.name}.pt")])
+
+
+def run_here(args, jobs: list[Job]) -> dict:
+    """Run the jobs one after the other in this process."""
+    results = {}
+    for job in jobs:
+        with (args.out_dir / f"{job.name}.log").open("w") as log, contextlib.redirect_stdout(log):
+            importlib.import_module(job.script.stem).main(job.argv)
+        measure_run(args, job, results)
+    return results
 
 
 def show(results: dict) -> None:
-    """Print a row per run, and means ± standard deviations of the runs that were finished."""
-    print(f"{'run':20}{'test':>9}{'validation':>12}{'seconds':>10}{'to target':>11}")
+    """Print a row per run, and means ± standard deviations over the seeds of finished runs."""
+    print(f"{'run':28}{'test':>9}{'validation':>12}{'epochs':>8}{'seconds':>10}{'to target':>11}")
     kinds = {}
     for name, row in results.items():
-        to = row.get("seconds_to_target")
+        to = row["seconds_to_target"]
         print(
-            f"{name:20}{row['test_accuracy']:9.2%}{row['val_accuracy']:12.2%}{row['seconds']:10.1f}"
-            f"{'-' if to is None else to:>11}"
+            f"{name:28}{row['test_accuracy']:9.2%}{row['val_accuracy']:12.2%}{row['epochs']:8}"
+            f"{row['seconds']:10.1f}{'-' if to is None else to:>11}"
         )
         if row["finished"]:
-            kinds.setdefault(name.rsplit("-", 1)[0], []).append(row)
+            kinds.setdefault(name.rpartition("-seed")[0], []).append(row)
         else:
             print(f"{name} was stopped: it counts in no mean")
     for kind, rows in kinds.items():
-        if len(rows) > 1:
+        if kind and len(rows) > 1:
             tests = [row["test_accuracy"] for row in rows]
-            line = f"{kind:20}{statistics.mean(tests):9.2%} ± {statistics.stdev(tests):.2%}"
-            times = [row.get("seconds_to_target") for row in rows]
+            line = f"{kind:28}{statistics.mean(tests):9.2%} ± {statistics.stdev(tests):.2%}"
+            times = [row["seconds_to_target"] for row in rows]
             if None not in times:
                 line += f"   to target {statistics.mean(times):.1f} ± {statistics.stdev(times):.1f}"
             print(line)
@@ -202,31 +186,18 @@ def show(results: dict) -> None:
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--part", type=integer(1, 3), required=True, metavar="N", help="1, 2 or 3")
+    add("plan", type=path_type, help="file of commands")
     add_folder_flag(parser)
     add("--out-dir", type=path_type, required=True, metavar="DIR", help="for all that is written")
-    add(
-        "--epochs",
-        type=integer(1),
-        default=30,
-        metavar="N",
-        help="in parts 2 and 3: 30 or 60, after which a peer's cosines end",
-    )
-    add("--minutes", type=positive, default=7.5, metavar="X", help="time for the part")
-    add("--tiny", action="store_true", help="one seed, two epochs of three steps")
+    add("--at-once", type=integer(1), default=1, metavar="N", help="commands side by side")
+    add("--minutes", type=positive, default=60, metavar="X", help="time for the whole plan")
+    add("--tiny", action="store_true", help="two epochs of three steps")
     args = parser.parse_args(argv)
-    args.seeds = SEEDS[:1] if args.tiny else SEEDS
-    args.limits = [] if args.part == 1 else ["--epochs", str(args.epochs)]
-    if args.tiny:
-        args.limits = ["--epochs", "2", "--limit-batches", "3"]
-    make_out_dir(args.out_dir)
-    load_data("folder", args.data_dir)  # decoded once, before several processes need it
     args.deadline = time.time() + 60 * args.minutes
-    if args.part == 1:
-        results = fast_recipes(args)
-    else:
-        results = best_and_peer(args, *(("cnn", "separable") if args.part == 2 else ("vit", "vit")))
-    show(results)
+    make_out_dir(args.out_dir)
+    jobs = read_plan(args)
+    load_data("folder", args.data_dir)  # decoded once, before several processes need it
+    show(run_here(args, jobs) if args.tiny else run_jobs(args, jobs))
 
 
 if __name__ == "__main__":

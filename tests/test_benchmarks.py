@@ -61,8 +61,6 @@ def tiny(monkeypatch):
             monkeypatch.setitem(script.RECIPE, key, value)
     for peer in train_peer.SETTINGS.values():
         monkeypatch.setitem(peer, "batch_size", 2)
-    for model, flags in gpu.LARGE_BATCH.items():
-        monkeypatch.setitem(gpu.LARGE_BATCH, model, ["--batch-size", "16", *flags[2:]])
 
 
 @pytest.fixture
@@ -102,8 +100,7 @@ def test_help(name, capsys):
     [
         ("ablation", ["cnn", "--data-dir", "x", "--epochs", "0"]),
         ("ablation", ["cnn", "--data-dir", "x", "--threads", "many"]),
-        ("gpu", ["--part", "4", "--data-dir", "x", "--out-dir", "y"]),
-        ("gpu", ["--part", "1", "--data-dir", "x", "--out-dir", "y", "--minutes", "0"]),
+        ("gpu", ["plan", "--data-dir", "x", "--out-dir", "y", "--minutes", "0"]),
         ("notebook", ["--data-dir", "x", "--steps", "0"]),
         ("seeds", ["cnn", "--target", "83.1"]),
         ("seeds", ["cnn", "--target", ".5", "--seeds", "-1"]),
@@ -114,7 +111,7 @@ def test_help(name, capsys):
 def test_bad_number(name, argv, fails):
     error = fails(load_script(name).main, *argv)
     assert "is not a" in error
-    assert argv[-1] in error or "--part" in error
+    assert argv[-1] in error
 
 
 @pytest.mark.parametrize("name", ["make_jpeg_copy", "make_photos"])
@@ -451,55 +448,80 @@ def test_curves(teacher, tmp_path, fails):
 # ---------------------------------------------------------------- gpu.py
 
 
-@pytest.mark.parametrize(
-    ("part", "names"),
-    [
-        (1, ["cnn-fast-0", "vit-fast-0", "cnn-fast-512-0", "vit-fast-512-0"]),
-        (2, ["cnn-best-0", "separable-peer-0"]),
-        (3, ["vit-best-0", "vit-peer-0"]),
-    ],
-)
-def test_gpu(part, names, photos, tmp_path, capsys):
-    flags = ["--part", str(part), "--data-dir", str(photos), "--out-dir", str(tmp_path)]
-    gpu.main([*flags, "--tiny"])
+def plan_of(tmp_path, photos, *lines, **settings):
+    """The settings of gpu.main for a plan of these lines."""
+    plan = tmp_path / "plan.txt"
+    plan.write_text("# a comment\n\n" + "".join(f"{line}\n" for line in lines))
+    values = {"plan": plan, "data_dir": photos, "out_dir": tmp_path, "at_once": 2, "tiny": False}
+    return SimpleNamespace(**values | settings)
+
+
+def test_gpu(photos, tmp_path, capsys):
+    lines = "cnn-seed0: train_cnn.py", "vit: train_vit.py --teacher OUT/runs/cnn-seed0/best.pt"
+    peer = "peer: benchmarks/train_peer.py vit --epochs 1 --data-dir DATA --out OUT/peer.json"
+    plan = plan_of(tmp_path, photos, *lines, peer).plan
+    gpu.main([str(plan), "--data-dir", str(photos), "--out-dir", str(tmp_path), "--tiny"])
     out = capsys.readouterr().out
-    results = json.loads((tmp_path / f"part{part}.json").read_text())
-    assert list(results) == names
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["cnn-seed0", "vit"]
     for name, row in results.items():
         assert 0 <= row["test_accuracy"] <= 1 and row["epochs"] == 2 and row["finished"] is True
-        assert (tmp_path / f"{name}.log").read_text() and f"\n{name} " in out
-    if part == 1:
-        rows = [json.loads(r) for r in (tmp_path / "throughput.jsonl").read_text().splitlines()]
-        assert [row["model"] for row in rows] == ["cnn", "vit"]
-        assert out.count("augmented") == 2  # the tables are printed
-    else:
-        _, checkpoint = load_model(tmp_path / f"{names[0]}.pt")
+        assert f"\n{name} " in out and "best validation" in (tmp_path / f"{name}.log").read_text()
+        _, checkpoint = load_model(tmp_path / f"{name}.pt")
         assert checkpoint["classes"] == CLASSES and checkpoint["optimizer"] is None
+    assert json.loads((tmp_path / "peer.json").read_text())["peer"] == "vit"
 
 
-def test_gpu_processes_end_when_the_time_is_up(tmp_path, capsys):
-    def job(name, code):
-        file = tmp_path / f"{name}.py"
-        file.write_text(f"import sys, time\nprint(sys.argv[1:], flush=True)\n{code}\n")
-        return gpu.Job(name, SimpleNamespace(__file__=str(file)), ["--seed", "1"])
-
-    jobs = job("good", ""), job("bad", "sys.exit(3)"), job("long", "time.sleep(60)")
+def test_gpu_runs_side_by_side_until_the_time_is_up(photos, tmp_path, capsys):
+    for name, code in (("good", ""), ("bad", "sys.exit(3)"), ("long", "time.sleep(60)")):
+        text = f"import sys, time\nprint(sys.argv[1:], flush=True)\n{code}\n"
+        (tmp_path / f"{name}.py").write_text(text)
+    lines = [f"{name}: {tmp_path}/{name}.py --seed 1" for name in ("good", "bad", "long")]
+    lines += [f"after: {tmp_path}/good.py OUT/runs/long/best.pt", f"last: {tmp_path}/good.py"]
     started = time.time()
-    args = SimpleNamespace(out_dir=tmp_path, deadline=started + 1.2, tiny=False)
-    gpu.run_jobs(args, *jobs)
-    assert 1.2 <= time.time() - started < 30
+    args = plan_of(tmp_path, photos, *lines, deadline=started + 1.5)
+    assert gpu.run_jobs(args, gpu.read_plan(args)) == {}
+    assert 1.5 <= time.time() - started < 30
     out = capsys.readouterr().out
-    assert "bad: failed with 3" in out and "long: stopped" in out
+    assert "bad: failed with 3" in out and "long: stopped" in out and "no time for after" in out
     assert "good: failed" not in out and "long: failed" not in out
-    assert (tmp_path / "good.log").read_text() == "['--seed', '1']\n"
+    assert (tmp_path / "good.log").read_text() == "# good.py --seed 1\n['--seed', '1']\n"
+    assert (tmp_path / "last.log").exists() and not (tmp_path / "after.log").exists()
+
+
+@pytest.mark.parametrize("plan", sorted((ROOT / "benchmarks" / "plans").iterdir()), ids=str)
+def test_plans_are_understood(plan, photos, tmp_path, monkeypatch):
+    class UnderstoodError(Exception):
+        pass
+
+    def stop(*args):
+        raise UnderstoodError
+
+    for script in (train_cnn, train_vit):
+        monkeypatch.setattr(script, "prepare", stop)
+    monkeypatch.setattr(train_peer, "train_peer", stop)
+    monkeypatch.setattr(throughput, "measure", stop)
+    args = plan_of(tmp_path, photos, plan=plan)
+    for job in gpu.read_plan(args):
+        with pytest.raises(UnderstoodError):
+            sys.modules[job.script.stem].main(job.argv)
+
+
+@pytest.mark.parametrize("line", ["cnn train_cnn.py", "cnn:", "cnn: train_rnn.py"])
+def test_wrong_plan(line, photos, tmp_path, fails):
+    plan = plan_of(tmp_path, photos, line).plan
+    error = fails(gpu.main, plan, "--data-dir", photos, "--out-dir", tmp_path)
+    assert f"{plan}, line 3: use `name: script flags`" in error
+    error = fails(gpu.main, tmp_path, "--data-dir", photos, "--out-dir", tmp_path)
+    assert f"{tmp_path}: cannot be read" in error
 
 
 def test_gpu_means_leave_out_stopped_runs(capsys):
-    row = {"val_accuracy": 0.5, "seconds": 9.0, "seconds_to_target": 3.0}
+    row = {"val_accuracy": 0.5, "epochs": 2, "seconds": 9.0, "seconds_to_target": 3.0}
     rows = [row | {"test_accuracy": x, "finished": x < 0.9} for x in (0.5, 0.6, 0.9)]
-    gpu.show({f"cnn-fast-{i}": row for i, row in enumerate(rows)})
+    gpu.show({f"cnn-fast-seed{i}": row for i, row in enumerate(rows)})
     lines = capsys.readouterr().out.splitlines()
-    assert "cnn-fast-2 was stopped: it counts in no mean" in lines
+    assert "cnn-fast-seed2 was stopped: it counts in no mean" in lines
     assert lines[-1].split() == "cnn-fast 55.00% ± 7.07% to target 3.0 ± 0.0".split()
 
 
