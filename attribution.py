@@ -12,7 +12,6 @@ of two. `layer` counts as a list does: -1 is the last.
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -63,28 +62,15 @@ def undisturbed(model: nn.Module):
             p.requires_grad_()
 
 
-# Networks whose features are their last map, found out in their first pass.
-_end_in_a_map: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def forward_pass(
-    model: nn.Module, images: torch.Tensor, *, graph: bool = True, last_map_only: bool = False
-) -> ForwardPass:
-    """Run a network in eval mode on images (B, 3, H, W). `graph`: record what gradients need.
-
-    last_map_only: record no more than gradients by the last map need, if the network has maps.
-    """
+def forward_pass(model: nn.Module, images: torch.Tensor, *, graph: bool = True) -> ForwardPass:
+    """Run a network in eval mode on images (B, 3, H, W). `graph`: record what gradients need."""
     model = unwrap(model)
     with undisturbed(model), torch.inference_mode(False), torch.set_grad_enabled(graph):
         images = images.clone() if images.is_inference() else images.detach()
-        short = graph and last_map_only and _end_in_a_map.get(model, False)
-        images.requires_grad_(graph and not short)
+        images.requires_grad_(graph)
         if not hasattr(model, "forward_features"):
             return ForwardPass(model, images, model(images), {})
         features, layers = model.forward_features(images, return_intermediates=True)
-        _end_in_a_map[model] = "map" in layers and layers["map"][-1] is features
-        if short:
-            features.requires_grad_()  # so that the head alone is recorded
         return ForwardPass(model, images, model.forward_head(features), layers)
 
 
@@ -102,8 +88,7 @@ def attribute(model, images, targets, method="grad-cam", *, versus=None, layer=-
         layer: the stage or block, from 0, or -1 for the last; ignored where there is no choice.
     """
     row = METHODS[method]
-    last_map_only = row.takes_layer and layer == -1
-    forward = forward_pass(model, images, graph=row.gradients, last_map_only=last_map_only)
+    forward = forward_pass(model, images, graph=row.gradients)
     return row.compute(forward, weights_of(targets, versus, forward.logits), layer).detach()
 
 
@@ -158,27 +143,6 @@ def layer_cam(forward: ForwardPass, weights: torch.Tensor, layer: int = -1) -> t
     """
     A, gradient = map_and_gradient(forward, weights, layer)
     return (gradient.relu() * A).sum(1)
-
-
-@torch.no_grad()
-def class_maps(forward: ForwardPass) -> torch.Tensor | None:
-    """The Grad-CAM of every class at the last map, (B, C, h, w), from one product.
-
-    After an average and a linear layer W, the gradient is W / (h w) for every image (Zhou et al.
-    2016, arXiv 1512.04150, eq. 2). So the cells of a map add up to the logit without its bias.
-    None: the network's head is something else.
-    """
-    if not _end_in_a_map[forward.model]:  # it averages before its head
-        return None
-    A = forward.layers["map"][-1]
-    K, h, w = A.shape[1:]
-    units = torch.eye(K, device=A.device)[:, :, None, None].expand(K, K, h, w)
-    with undisturbed(forward.model):
-        bias = forward.model.forward_head(torch.zeros_like(units[:1]))  # (1, C)
-        W = forward.model.forward_head(units) - bias  # (K, C)
-    maps = torch.einsum("kc,bkhw->bchw", W, A) / (h * w)
-    exact = torch.allclose(maps.sum((2, 3)) + bias, forward.logits, rtol=1e-3, atol=1e-3)
-    return maps if exact else None
 
 
 # ---------------------------------------------------------------- attention
@@ -304,7 +268,7 @@ class Method:
 
     compute: Callable  # (forward, weights, layer) -> maps (B, h, w)
     title: str
-    needs: frozenset[str]  # any one of these intermediates suffices; empty: logits suffice
+    needs: tuple[str, ...]  # any one of these intermediates suffices; (): logits suffice
     scale: str  # a key of `figures.SCALES`
     unit: str  # as it is written above maps
     default_with: str = ""  # used for networks that have this, unless --method says otherwise
@@ -313,8 +277,7 @@ class Method:
     gradients: bool = True
 
 
-FEATURES, ATTENTION = frozenset({"map", "tokens"}), frozenset({"attention"})
-NOTHING = frozenset()
+FEATURES, ATTENTION, NOTHING = ("map", "tokens"), ("attention",), ()
 METHODS = {
     "grad-cam": Method(
         grad_cam, "Grad-CAM", FEATURES, "signed", "in logits", default_with="map", takes_layer=True
@@ -348,23 +311,18 @@ def methods_for(model, image_size: int, layer: int = -1) -> tuple[list[str], dic
     blank = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
     forward, reasons = forward_pass(model, blank), {}
     for name, method in METHODS.items():
-        found = [forward.layers[key] for key in ("map", "tokens", "attention")
-                 if key in method.needs & set(forward.layers)]  # fmt: skip
-        if not method.needs:
-            continue
-        if not found:
-            reasons[name] = f"has no {' or '.join(sorted(method.needs))}"
+        found = [forward.layers[key] for key in method.needs if key in forward.layers]
+        if method.needs and not found:
+            reasons[name] = f"has no {' or '.join(method.needs)}"
         elif method.takes_layer and layer >= len(found[0]):
             reasons[name] = f"has {len(found[0])} layers"
-        if name in reasons:
-            continue
-        try:
-            maps = method.compute(forward, torch.ones_like(forward.logits), layer)
-        except RuntimeError:  # autograd finds no way from the logits to them
-            reasons[name] = "has logits that do not depend on what the method needs"
-            continue
-        if maps.shape[1:] == (1, 1):
-            reasons[name] = "has a map of one cell there"
+        elif method.needs:
+            try:
+                maps = method.compute(forward, torch.ones_like(forward.logits), layer)
+                if maps.shape[1:] == (1, 1):
+                    reasons[name] = "has a map of one cell there"
+            except RuntimeError:  # autograd finds no way from the logits to them
+                reasons[name] = "has logits that do not depend on what the method needs"
     chosen = [name for name, method in METHODS.items()
               if method.default_with in forward.layers and name not in reasons]  # fmt: skip
     return chosen or ["occlusion"], reasons

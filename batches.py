@@ -6,8 +6,6 @@ Each image is flipped, shifted and erased by its own random amount. TrivialAugme
 torchvision's, with one draw for a group of images or for a batch.
 """
 
-import io
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -276,12 +274,9 @@ def brighten(x: torch.Tensor, amount: float) -> torch.Tensor:
 
 def as_jpeg(x: torch.Tensor, quality: int) -> torch.Tensor:
     """Written and read as JPEG by Pillow, on the CPU."""
-    pictures = []
-    for image in (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
-        pictures.append(torch.from_numpy(np.array(Image.open(file))))
-    return torch.stack(pictures).permute(0, 3, 1, 2) / 255
+    pictures = map(Image.fromarray, (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    changed = [np.array(v2.functional.jpeg(picture, quality)) for picture in pictures]
+    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2) / 255
 
 
 # Each has a function of images in [0, 1] and a number, and the numbers of severities 1 to 5.

@@ -115,30 +115,20 @@ def plot_confidence(metrics: dict[str, dict]) -> Figure:
         bins, look = scores["reliability"], {"color": f"C{color}"}
         drawn = [bin for bin in bins if bin["images"] >= MIN_IMAGES]
         x, y = ([bin[key] for bin in drawn] for key in ("confidence", "accuracy"))
-        calibration.plot(
-            x,
-            y,
-            "o-",
-            markersize=4,
-            clip_on=False,
-            label=f"ECE {scores['ece']:.1%}, {name}",
-            **look,
-        )
+        label = f"ECE {scores['ece']:.1%}, {name}"
+        calibration.plot(x, y, "o-", markersize=4, clip_on=False, label=label, **look)
         edges = [*(bin["low"] for bin in bins), 1]
         counts.stairs([bin["images"] / scores["images"] for bin in bins], edges, **look)
         x = [int(share[:-1]) / 100 for share in scores["coverage"]]
         coverage.plot(x, list(scores["coverage"].values()), label=name, **look)
-    calibration.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    calibration.set(ylim=(0, 1), ylabel="accuracy")
     calibration.set_title(f"Reliability (bins with {MIN_IMAGES} images or more)", fontsize=11)
-    counts.set(
-        xlim=(0, 1), xlabel="confidence (probability of the predicted class)", ylabel="images"
-    )
+    counts.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     coverage.set_title("Accuracy on the most confident images", fontsize=11)
-    coverage.set(
-        xlim=(0, 1), xlabel="fraction of images, the most confident first", ylabel="accuracy"
-    )
+    coverage.set(xlabel="fraction of images, the most confident first", ylabel="accuracy")
     coverage.set_ylim(top=1 + 0.03 * (1 - coverage.get_ylim()[0]))
     for axes in (calibration, counts, coverage):
+        axes.set_xlim(0, 1)
         axes.grid(alpha=0.3)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=None if axes is coverage else 0))
@@ -206,11 +196,8 @@ def plot_robustness(metrics: dict[str, dict]) -> Figure:
     for axes, kind in zip(panels, kinds, strict=False):
         for color, (name, scores) in enumerate(zip(names, metrics.values(), strict=True)):
             found = scores["robustness"]
-            y = (
-                found["shifts"]
-                if kind == "shift"
-                else [found["clean"], *found["corruptions"][kind]]
-            )
+            changed = found["corruptions"].get(kind, found["shifts"][1:])
+            y = [found["clean"], *changed]
             axes.plot(range(len(y)), y, "o-", markersize=3, color=f"C{color}", label=name)
         axes.set_title(kind, fontsize=11)
         axes.set_xlabel("pixels" if kind == "shift" else "severity")

@@ -10,13 +10,13 @@ scored best on validation. To publish a checkpoint (weights alone, in half preci
 
 import copy
 import io
+import json
 import math
 import os
 import pickle
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision
 from torch import nn
@@ -53,25 +53,18 @@ def make_metadata(
         settings: all flags of the run, for the record and for resuming.
     """
     nowhere = {"name": "", "data_dir": "", "image_size": 32, "val_fraction": 0.0, "sizes": []}
-    return _plain_types({
+    found = {
         "model_name": model_name, "model_config": model_config,
         "classes": classes, "mean": [*map(float, mean)], "std": [*map(float, std)],
         "dataset": nowhere | (dataset or {}), "settings": settings or {},
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
-    })  # fmt: skip
+    }  # fmt: skip
 
+    def plain(value):  # what JSON lacks: paths; NumPy's numbers; anything else
+        value = value.as_posix() if isinstance(value, Path) else value
+        return value.tolist() if hasattr(value, "tolist") else str(value)
 
-def _plain_types(value):
-    """`value` with paths (with `/`) and versions as strings, tuples as lists, no NumPy scalars."""
-    if isinstance(value, dict):
-        return {key: _plain_types(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_types(item) for item in value]
-    if isinstance(value, Path):
-        return value.as_posix()
-    if isinstance(value, np.generic):
-        return value.item()
-    return str(value) if isinstance(value, str) else value  # TorchVersion is a str
+    return json.loads(json.dumps(found, default=plain))
 
 
 def check_metadata(metadata: dict, network: nn.Module) -> None:
@@ -259,11 +252,13 @@ def check_finite(network: nn.Module, row: dict, settings) -> None:
 # ---------------------------------------------------------------- load
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, model_name: str | None = None) -> dict:
     """Read a checkpoint onto the CPU. Nothing in the file is run (`weights_only=True`).
 
+    `model_name`: the network that it must be of, or None.
+
     Raises:
-        UserError: no such file, or damaged, or not a checkpoint of this project.
+        UserError: no such file, damaged, not a checkpoint of this project, or another network's.
     """
     path = Path(path)
     if path.is_dir():
@@ -274,6 +269,9 @@ def load_checkpoint(path: str | Path) -> dict:
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     if wrong := wrong_key(entries, KEYS):
         raise UserError(f"{path}: not a checkpoint of this project ({wrong!r} missing or wrong)")
+    name = checkpoint["model_name"]
+    if model_name not in (None, name):
+        raise UserError(f"{path} is a {name}: use train_{name}.py, or another checkpoint")
     checkpoint["classes"] = list(map(composed, checkpoint["classes"]))
     if not checkpoint["history"]:
         raise UserError(f"{path}: its training has not finished an epoch")

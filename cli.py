@@ -6,7 +6,6 @@ import contextvars
 import errno
 import functools
 import hashlib
-import math
 import os
 import signal
 import sys
@@ -306,30 +305,26 @@ def quoted(names) -> str:
 def integer(low: int, high: int | None = None):
     """An argparse type: a whole number from `low` to `high`."""
     limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-    return _number_type(int, f"a whole number {limits}", lambda n: low <= n <= (high or n))
+    return _number_type(int, f"a whole number {limits}", low, high or sys.float_info.max)
 
 
 def real(low: float, high: float):
     """An argparse type: a number from `low` to `high`."""
-    return _number_type(float, f"a number from {low} to {high}", lambda x: low <= x <= high)
+    return _number_type(float, f"a number from {low} to {high}", low, high)
 
 
-def _number_type(kind, description: str, accepts):
+def _number_type(kind, description: str, low: float, high: float = sys.float_info.max):
     def parse(text: str):
-        try:
-            value = kind(text)
-            valid = math.isfinite(value) and accepts(value)
-        except (ValueError, OverflowError):
-            valid = False
-        if not valid:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
 
     return parse
 
 
-non_negative = _number_type(float, "a number of at least 0", lambda x: x >= 0)
-positive = _number_type(float, "a number above 0", lambda x: x > 0)
+non_negative = _number_type(float, "a number of at least 0", 0)
+positive = _number_type(float, "a number above 0", sys.float_info.min)
 
 
 def name_type(text: str) -> str:
@@ -376,14 +371,9 @@ def use_device(flags: argparse.Namespace) -> torch.device:
     """
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    name = flags.device
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, found in available.items() if found)
-    if not available[name]:
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found["cpu"] = True
+    name = next(filter(found.get, found)) if flags.device == "auto" else flags.device
+    if not found[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
     return torch.device(name)

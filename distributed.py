@@ -46,9 +46,8 @@ def start(device: torch.device) -> torch.device:
     """Join the other processes; return the device of this one. UserError: they do not come."""
     if world_size() == 1 or dist.is_initialized():
         return device
-    if device.type == "mps" or (
-        device.type == "cuda" and local_rank() >= torch.cuda.device_count()
-    ):
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # so that all come to the same answer
+    if device.type == "mps" or (device.type == "cuda" and here > torch.cuda.device_count()):
         raise UserError("torchrun: each process needs a GPU of its own; use fewer, or --device cpu")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank())

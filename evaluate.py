@@ -81,14 +81,14 @@ def evaluate(model: TrainedModel, split: Split, val: Split | None, classes: list
     logits = model.logits(split, classes).numpy()
     seconds = time.perf_counter() - started
     labels, history = split.labels[split.indices].cpu().numpy(), model.checkpoint["history"]
+    temperature = T = None
     try:
         metrics = measure(logits, labels, classes)
+        if val is not None:
+            val_logits = model.logits(val, classes).numpy()
+            T = fit_temperature(val_logits, val.labels[val.indices].numpy())
     except UserError as error:
         raise UserError(f"{model.path}: {error}") from None
-    temperature = T = None
-    if val is not None:
-        val_logits = model.logits(val, classes).numpy()
-        T = fit_temperature(val_logits, val.labels[val.indices].numpy())
     if T is not None:
         p = probabilities(logits / T)
         scores = {name: float(METRICS[name].compute(p, labels)) for name in ("log_loss", "ece")}
@@ -290,12 +290,8 @@ def default_out_dir(args) -> Path:
         path = Path(path)
         if ".." in path.parts or not path.name:
             path = path.resolve()
-        parts = [part for part in path.parts if part != path.anchor]
-        if len(parts) > 1 and parts[0] == "runs":
-            parts = parts[1:]
-        if len(parts) > 1 and parts[-1] == "best.pt":
-            parts = parts[:-1]
-        return "-".join(parts).removesuffix(".pt")
+        name = path.as_posix().strip("/").removeprefix("runs/")
+        return name.removesuffix("/best.pt").removesuffix(".pt").replace("/", "-")
 
     words = ["+".join(map(short, expand_patterns(args.checkpoints))), args.dataset]
     words += [args.data_dir and short(args.data_dir), args.split == "val" and "val"]

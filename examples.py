@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from attribution import METHODS, Method, class_maps, forward_pass, weights_of
+from attribution import METHODS, Method, forward_pass, weights_of
 from cli import UserError, printable, warn
 from data import Data, Split
 from figures import RIGHT, SCALES, WRONG, shorten
@@ -215,30 +215,21 @@ def compute_columns(model: TrainedModel, columns: list[Column], examples: Exampl
     """
     outputs = model.output_indices(examples.classes)  # of the network, for each class
     batches = model.batches(examples.split, explain=True)
-    with_gradients = [c for c in columns if c.method.gradients]
-    short = all(c.method.takes_layer and c.layer is None for c in with_gradients)
-    of_last_map = [c for c in columns if c.name == "grad-cam" and c.layer is None]
+    graph = any(column.method.gradients for column in columns)
     probabilities, maps = [], [[] for _ in columns]
     for (images, _), labels in zip(
         tqdm(batches, model.name, leave=False, disable=None),
         examples.split.labels.split(batches.batch_size),
         strict=True,
     ):
-        graph = bool(with_gradients)
-        forward = forward_pass(model.network, images, graph=graph, last_map_only=short)
+        forward = forward_pass(model.network, images, graph=graph)
         p = forward.logits.detach().float().cpu()[:, outputs].softmax(1)
-        every = None
-        if len(of_last_map) > 2 and "map" in forward.layers:
-            every = class_maps(forward)
         for column, parts in zip(columns, maps, strict=True):
             goal, rival = column.choose(p, labels, examples.classes)
             column.compared.append(torch.stack([goal, goal if rival is None else rival], dim=1))
             against = None if rival is None else outputs[rival]
             weights = weights_of(outputs[goal], against, forward.logits)
-            if every is not None and column in of_last_map:
-                heat = torch.einsum("bc,bchw->bhw", weights, every)
-            else:
-                heat = column.method.compute(forward, weights, (column.layer or 0) - 1).detach()
+            heat = column.method.compute(forward, weights, (column.layer or 0) - 1).detach()
             parts.append(heat.cpu())
             column.write(p, labels, goal, rival, examples.classes)
         probabilities.append(p)
@@ -251,11 +242,8 @@ def without_repeats(columns: list[Column]) -> list[Column]:
     """Columns whose maps differ: if every prediction is right, predicted and true are one."""
     kept = []
     for column in columns:
-        same = [
-            k
-            for k in kept
-            if (k.model, k.name) == (column.model, column.name) and torch.equal(k.maps, column.maps)
-        ]
+        alike = [k for k in kept if (k.model, k.name) == (column.model, column.name)]
+        same = [k for k in alike if torch.equal(k.maps, column.maps)]
         if same:
             print(f"{column.key}: the same maps as {same[0].key}")
         else:

@@ -16,8 +16,8 @@ Prints tables and writes into --out-dir:
 """
 
 import argparse
-import inspect
 import json
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +135,7 @@ class Hiding:
 def fills_for(model: TrainedModel) -> list[str]:
     """The ways to hide cells from a network; patches are dropped where they are the cells."""
     features = getattr(model.network, "forward_features", model.network.forward)
-    drops = "keep" in inspect.signature(features).parameters and model.network.grid == SIDE
+    drops = getattr(model.network, "grid", 0) == SIDE and "keep" in signature(features).parameters
     return ["mean", "blur", *["dropped"] * drops]
 
 

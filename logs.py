@@ -5,7 +5,6 @@ x is the number of steps done, everywhere. Only the first process writes; in oth
 
 import copy
 import dataclasses
-import functools
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import distributed
 from batches import mixed_seed
 from checkpoint import formula_image
 from cli import UserError, printable, writing
-from models import counting_operations
+from models import count_parameters, counting_operations
 from settings import CHANGEABLE
 
 COLUMNS = (  # heading, key of the row, format: all as wide as the heading
@@ -147,26 +146,19 @@ def markdown(head: list[str], rows) -> str:
 
 def layer_table(network: nn.Module, image_size: int) -> str:
     """Markdown: for each layer its output's shape, parameters and multiply-adds for one image."""
-    copied, before, rows = copy.deepcopy(network).cpu().eval(), {}, []
-
-    def row(name, layer, output, operations):
+    copied, outputs, rows = copy.deepcopy(network).cpu().eval(), {}, []
+    layers = {name: layer for name, layer in copied.named_modules() if name.count(".") < 2}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *args, name=name: outputs.update({name: args[-1]}))
+    with torch.no_grad(), counting_operations() as counter:
+        copied(formula_image(image_size))
+    for name, output in outputs.items():  # in the order of the forward pass
         output = output[0] if isinstance(output, tuple) else output
         shape = "×".join(map(str, output.shape[1:])) if torch.is_tensor(output) else ""
-        size = f"{sum(p.numel() for p in layer.parameters()):,}"
-        rows.append((name, type(layer).__name__, shape, size, f"{operations // 2:,}"))
-
-    def note(layer, _, output, name):
-        row(name, layer, output, counter.get_total_flops() - before[name])
-
-    for name, layer in copied.named_modules():
-        if name and name.count(".") < 2:
-            layer.register_forward_pre_hook(
-                lambda *_, name=name: before.update({name: counter.get_total_flops()})
-            )
-            layer.register_forward_hook(functools.partial(note, name=name))
-    with torch.no_grad(), counting_operations() as counter:
-        output = copied(formula_image(image_size))
-    row("**all**", copied, output, counter.get_total_flops())
+        operations = counter.flop_counts[f"{type(copied).__name__}.{name}".rstrip(".")]
+        numbers = count_parameters(layers[name]), sum(operations.values()) // 2
+        kind = type(layers[name]).__name__
+        rows.append((name or "**all**", kind, shape, *(f"{n:,}" for n in numbers)))
     return markdown(["layer", "kind", "output", "parameters", "multiply-adds"], rows)
 
 

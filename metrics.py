@@ -213,19 +213,20 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return (x.mean().item(), *map(float, found.confidence_interval))
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Accuracy of a minus that of b, and the ends of its 95% bootstrap interval over images.
+def difference(a: np.ndarray, b: np.ndarray) -> dict:
+    """Accuracy of a minus that of b, its 95% bootstrap interval over images, McNemar's p-value.
 
     a, b (N,): whether each image is right. Drawing N images again is drawing how many of them are
     right in a alone, in b alone, or neither, from a multinomial distribution. If one of these never
     occurs, each is counted half an image more: otherwise it could never be drawn.
     """
-    N, only_a, only_b = len(a), (a & ~b).sum(), (b & ~a).sum()
+    N, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     counts = np.array([only_a, only_b, N - only_a - only_b], dtype=float)
     counts += 0.5 * (counts == 0).any()
     draws = np.random.default_rng(0).multinomial(N, counts / counts.sum(), DRAWS)
-    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / N, [0.025, 0.975])
-    return float((only_a - only_b) / N), float(low), float(high)
+    ends = np.quantile((draws[:, 0] - draws[:, 1]) / N, [0.025, 0.975]).tolist()
+    value = (only_a - only_b) / N
+    return {"difference": value, "interval": ends, "mcnemar_p": mcnemar(only_a, only_b)}
 
 
 def holm(p_values: dict[str, float], level: float = 0.05) -> set[str]:
@@ -249,27 +250,17 @@ def compare(p_a: np.ndarray, p_b: np.ndarray, labels: np.ndarray, classes: list[
     """
     a, b = p_a.argmax(1), p_b.argmax(1)
     right_a, right_b = a == labels, b == labels
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    ids, per_class = range(len(classes)), {}
+    per_class = {}
     for i in np.unique(labels):
-        of_a, of_b = (right[labels == i] for right in (right_a, right_b))
-        value, low, high = difference(of_a, of_b)
-        per_class[classes[i]] = {
-            "difference": value,
-            "interval": [low, high],
-            "mcnemar_p": mcnemar((of_a & ~of_b).sum(), (of_b & ~of_a).sum()),
-            "images": len(of_a),
-        }
-    value, low, high = difference(right_a, right_b)
-    matrices = [confusion_matrix(labels, x, labels=ids) for x in (a, b)]
-    return {
-        "difference": value,
-        "interval": [low, high],
-        "mcnemar_p": mcnemar(only_a, only_b),
+        own = labels == i
+        row = difference(right_a[own], right_b[own])
+        per_class[classes[i]] = row | {"images": int(own.sum())}
+    matrices = [confusion_matrix(labels, x, labels=range(len(classes))) for x in (a, b)]
+    return difference(right_a, right_b) | {
         "right": {
             "both": int((right_a & right_b).sum()),
-            "first": only_a,
-            "second": only_b,
+            "first": int((right_a & ~right_b).sum()),
+            "second": int((right_b & ~right_a).sum()),
             "neither": int((~right_a & ~right_b).sum()),
         },
         "agreement": float((a == b).mean()),
@@ -295,15 +286,15 @@ def confused_pairs(
 def compare_all(metrics: dict[str, dict], recipes: list[str], p: list, labels, classes) -> dict:
     """Each two networks of different recipes; the seeds of each recipe; the mean of all networks.
 
+    Networks of equal `recipes` differ in the seed alone. They are only averaged, since their
+    differences are luck. Two files of one seed, as best.pt and last.pt, are compared.
+
     Args:
         metrics: of each network; `accuracy` and `seed` are used.
-        recipes: of each network; equal ones differ in the seed alone.
+        recipes: of each network.
         p: probabilities (N, C) of each network.
         labels: (N,).
         classes: names.
-
-    Runs of one recipe are only averaged, since their differences are luck. Two files of one
-    seed, as best.pt and last.pt, are compared.
     """
     names, groups = list(metrics), {}
     for name, key in zip(names, recipes, strict=True):
@@ -327,9 +318,8 @@ def compare_all(metrics: dict[str, dict], recipes: list[str], p: list, labels, c
     if len(names) > 1:
         best = max(names, key=lambda name: metrics[name]["accuracy"])
         right = (sum(p) / len(p)).argmax(1) == labels
-        gain, low, high = difference(right, p[names.index(best)].argmax(1) == labels)
-        ensemble = {"accuracy": right.mean(), "best": best, "difference": gain}
-        ensemble["interval"] = [low, high]
+        gain = difference(right, p[names.index(best)].argmax(1) == labels)
+        ensemble = {"accuracy": right.mean(), "best": best} | gain
     return {"pairs": pairs, "recipes": seeds, "ensemble": ensemble}
 
 

@@ -9,14 +9,11 @@ from torch import nn
 
 def parameter_groups(named_parameters, weight_decay: float) -> list[dict]:
     """Two groups: weights, and what never decays (norms, biases, class token, positions)."""
-    weights, others = [], []
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0}]
     for name, parameter in named_parameters:
         decays = parameter.ndim >= 2 and name.split(".")[-1] not in ("class_token", "positions")
-        (weights if decays else others).append(parameter)
-    return [
-        {"params": weights, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0},
-    ]
+        groups[0 if decays else 1]["params"].append(parameter)
+    return groups
 
 
 def learning_rates(optimizer) -> dict[str, float]:

@@ -61,7 +61,7 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         model.compile()
     metadata = describe_run(data, flags, model_name, config)
     if checkpoint is not None:
-        refuse_other_images(metadata, checkpoint)
+        refuse_other_images(metadata, checkpoint, data)
         metadata["dataset"] = checkpoint["dataset"] | metadata["dataset"]
     notes = [data.note] if data.note else []
     slow = flags.amp != "off" and choose_amp("auto", device) == "off"
@@ -147,14 +147,10 @@ def make_batches(data: Data, flags, device) -> tuple[Batches, Batches | None]:
 def describe_run(data: Data, flags, model_name: str, model_config: dict) -> dict:
     """The metadata of a run of the training scripts."""
     dataset = {
-        "name": data.name,
-        "data_dir": flags.data_dir,
-        "image_size": flags.image_size,
-        "val_fraction": flags.val_fraction,
-        "sizes": data.sizes,
-        "content": data.content,
+        "name": data.name, "data_dir": flags.data_dir, "image_size": flags.image_size,
+        "val_fraction": flags.val_fraction, "sizes": data.sizes, "content": data.content,
         "drawn": list(data.drawn),
-    }
+    }  # fmt: skip
     return make_metadata(
         model_name, model_config, classes=data.classes, mean=data.mean, std=data.std,
         dataset=dataset, settings=vars(flags),
@@ -169,15 +165,10 @@ def same_kind_of_images(one: dict, other: dict, tolerance: float) -> bool:
     return same and np.allclose(*statistics, rtol=0, atol=tolerance)
 
 
-def other_files(trained_on: dict, sizes: list[int], content: str) -> bool:
-    """Whether the images have changed. (Checkpoints before December 2026 have no `content`.)"""
-    return sizes != trained_on["sizes"] or content != trained_on.get("content", content)
-
-
 def same_images(trained_on: dict, data: Data) -> bool:
-    """Whether `data` are the images of a checkpoint's data set, split alike."""
-    changed = other_files(trained_on, data.sizes, data.content)
-    return trained_on["name"] == data.name and not changed
+    """Whether `data` are a checkpoint's images, split alike. (Older ones have no `content`.)"""
+    known = trained_on["name"], trained_on["sizes"], trained_on.get("content", data.content)
+    return known == (data.name, data.sizes, data.content)
 
 
 def trained_before(name: str, trained_on: dict, data: Data, split: str) -> str:
@@ -209,16 +200,14 @@ def remember_start(metadata: dict, start: dict, name: str, data: Data) -> None:
             warn(f"{caveat}: use other weights")
 
 
-def refuse_other_images(metadata: dict, checkpoint: dict) -> None:
+def refuse_other_images(metadata: dict, checkpoint: dict, data: Data) -> None:
     """Raise UserError if the images are not those that the run to resume was trained on."""
-    new, old = metadata["dataset"], checkpoint["dataset"]
-    if other_files(old, new["sizes"], new["content"]) or not same_kind_of_images(
-        metadata, checkpoint, 1e-4
-    ):
+    old = checkpoint["dataset"]
+    if not same_images(old, data) or not same_kind_of_images(metadata, checkpoint, 1e-4):
         raise UserError(
             "--resume: the images in --data-dir are not those of the run, which had "
             f"{sum(old['sizes'])} of {len(checkpoint['classes'])} classes; now there are "
-            f"{sum(new['sizes'])} of {len(metadata['classes'])}, or other files: restore them, or "
+            f"{sum(data.sizes)} of {len(data.classes)}, or other files: restore them, or "
             "start again in another --out-dir"
         )
 
@@ -273,15 +262,11 @@ class TrainedModel:
 
     def batches(self, split: Split, *, explain: bool = False) -> Batches:
         """A split's images as the network takes them; `explain`: fewer at a time."""
-        size = split.images.shape[-1]
+        size, device = split.images.shape[-1], next(self.network.parameters()).device
         few, many = batch_size_to_explain, batch_size_without_training
-        return Batches(
-            split,
-            few(self.network, size) if explain else many(size),
-            mean=self.checkpoint["mean"],
-            std=self.checkpoint["std"],
-            device=next(self.network.parameters()).device,
-        )
+        count = few(self.network, size) if explain else many(size)
+        mean, std = self.checkpoint["mean"], self.checkpoint["std"]
+        return Batches(split, count, mean=mean, std=std, device=device)
 
     def logits(self, split: Split, classes: list[str]) -> torch.Tensor:
         """Logits (N, C) of a split's images, in the order of `classes`, on the CPU."""
@@ -291,11 +276,8 @@ class TrainedModel:
 
 def expand_patterns(names: list[str]) -> list[str]:
     """Patterns such as photos/*.jpg as the files that they match, where no shell has done it."""
-    expanded = []
-    for name in names:
-        matches = [] if Path(name).exists() else sorted(glob.glob(name))  # noqa: PTH207
-        expanded += matches or [name]
-    return expanded
+    found = {n: [] if Path(n).exists() else sorted(glob.glob(n)) for n in names}  # noqa: PTH207
+    return [path for name in names for path in found[name] or [name]]
 
 
 def _name(path: str) -> str:
@@ -343,7 +325,8 @@ def load_data_for(
     refuse_different(models, [*keys, "image_size"] + ["val_fraction"] * (split == "val"), keys)
     trained_on = models[0].checkpoint["dataset"]
     name = name or trained_on["name"]
-    data_dir = Path(data_dir or trained_on["data_dir"] or "data")
+    usual = trained_on["data_dir"] if name == trained_on["name"] else ""
+    data_dir = Path(data_dir or usual or "data")
     if not name:
         raise UserError(f"{models[0].name} does not know its data: name them (--dataset)")
     same = name == trained_on["name"]
@@ -360,7 +343,13 @@ def load_data_for(
         size = trained_on["image_size"]
         raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")
     for model in models:
-        _refuse_other_classes(model, data)
+        known, present = set(model.checkpoint["classes"]), set(data.classes)
+        if known != present:
+            raise UserError(
+                f"checkpoint {model.name} has {len(known)} classes, the data set {len(present)}; "
+                f"only the checkpoint has {quoted(known - present)}; only the data set has "
+                f"{quoted(present - known)}: choose its own data (--dataset, --data-dir)"
+            )
         trained_on = model.checkpoint["dataset"]
         moved = name != "folder" or data_dir.resolve() != Path(trained_on["data_dir"]).resolve()
         changed = trained_on.get("content") not in (None, "", data.content)
@@ -387,13 +376,3 @@ def refuse_different(models: list[TrainedModel], keys: list[str], flags: list[st
             advice = "give --dataset and --data-dir" if key in flags else "use one at a time"
             what = key.replace("name", "data set").replace("_", " ")
             raise UserError(f"the checkpoints differ in their {what} ({listed}): {advice}")
-
-
-def _refuse_other_classes(model: TrainedModel, data: Data) -> None:
-    known, present = set(model.checkpoint["classes"]), set(data.classes)
-    if known != present:
-        raise UserError(
-            f"checkpoint {model.name} has {len(known)} classes, the data set {len(present)}; only "
-            f"the checkpoint has {quoted(known - present)}; only the data set has "
-            f"{quoted(present - known)}: choose its own data (--dataset, --data-dir)"
-        )

@@ -222,11 +222,12 @@ def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
     hardware += torch.backends.cpu.get_cpu_capability()
     if args.device != "cpu" and torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
+    usual = trained_on["data_dir"] if data.name == trained_on["name"] else ""
     return {
         "command": "python evaluate.py "
         + printable(shlex.join(sys.argv[1:] if argv is None else argv)),
         "data": data.name,
-        "data_dir": printable(args.data_dir or trained_on["data_dir"] or "data"),
+        "data_dir": printable(args.data_dir or usual or "data"),
         "split": args.split,
         "images": len(split),
         "classes": data.classes,

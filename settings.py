@@ -87,14 +87,9 @@ def training_parser(manual: str, recipe: dict, changes: dict) -> Parser:
     on_off = {"action": argparse.BooleanOptionalAction, "default": False}
     group.add_argument("--flip", **on_off, help="mirror half of the images")
     group.add_argument("--balance", **on_off, help="draw images of all classes equally often")
-    recipes = ("fast", *(name for name in changes if name != "digits"))
-    _add_run_flags(parser.add_argument_group("run"), recipes)
-    parser.set_defaults(**recipe)
-    return parser
-
-
-def _add_run_flags(group, recipes) -> None:
+    group = parser.add_argument_group("run")
     add, amp = group.add_argument, ("auto", *AMP_TYPES)
+    recipes = ("fast", *(name for name in changes if name != "digits"))
     add("--recipe", choices=recipes, default="fast", help="a set of these flags; see below")
     add_device_flags(group)
     add("--amp", choices=amp, default="auto", help="mixed precision; auto: where it is fast")
@@ -107,6 +102,8 @@ def _add_run_flags(group, recipes) -> None:
     add("--pictures", choices=("on", "off"), default="on", help="pictures in TensorBoard")
     add("--limit-batches", type=integer(1, 2**31), metavar="N",
         help="at most N batches per epoch, for validation too")  # fmt: skip
+    parser.set_defaults(**recipe)
+    return parser
 
 
 def as_flags(values: dict) -> str:
@@ -208,9 +205,8 @@ def resumed_flags(values: dict, typed: dict, defaults: dict, model_name: str):
 def saved_run_id(out_dir: Path) -> str | None:
     """The run that the checkpoints there are of, as `distributed.run_id`."""
     for path in (out_dir / "last.pt", out_dir / "best.pt"):  # best.pt is written first
-        if path.is_file():
-            with contextlib.suppress(UserError):  # damaged: --overwrite may replace it
-                return load_checkpoint(path)["settings"].get("run_id")
+        with contextlib.suppress(UserError):  # missing, or damaged: --overwrite may replace it
+            return load_checkpoint(path)["settings"].get("run_id")
     return None
 
 
@@ -218,24 +214,13 @@ def load_run(out_dir: Path, model_name: str) -> dict:
     """The content of out_dir/last.pt, a run of `model_name` that can be resumed.
 
     Raises:
-        UserError: a file of the run is missing or damaged, or it is another network's.
+        UserError: it is missing or damaged, or it is another network's, or weights only.
     """
     path = out_dir / "last.pt"
-    if not path.is_file():
-        empty = not list(out_dir.glob("*.pt"))
-        advice = "check --out-dir, or omit --resume" if empty else "or start again: --overwrite"
-        raise UserError(f"--resume: there is no file {path}: {advice}")
-    with naming("--resume:", "; or start again (--overwrite)"):
-        checkpoint = load_checkpoint(path)
-    if checkpoint["optimizer"] is None or "epochs" not in checkpoint["settings"]:
-        raise UserError(
-            f"--resume: {path} holds weights only, not a training run: start again (--overwrite)"
-        )
-    if checkpoint["model_name"] != model_name:
-        raise UserError(
-            f"--resume: {path} is a {checkpoint['model_name']}: resume it with "
-            f"train_{checkpoint['model_name']}.py, or choose another --out-dir"
-        )
+    with naming("--resume:", "; check --out-dir, or start again (--overwrite)"):
+        checkpoint = load_checkpoint(path, model_name)
+        if checkpoint["optimizer"] is None or "epochs" not in checkpoint["settings"]:
+            raise UserError(f"{path} holds weights only, not a training run")
     return checkpoint
 
 
@@ -246,12 +231,7 @@ def network_of(path: Path, model_name: str, typed: dict, defaults: dict) -> dict
         UserError: it cannot be read, is another network, or a typed flag differs.
     """
     with naming("--init"):
-        checkpoint = load_checkpoint(path)
-    if checkpoint["model_name"] != model_name:
-        raise UserError(
-            f"--init {path} is a {checkpoint['model_name']}: use "
-            f"train_{checkpoint['model_name']}.py, or another checkpoint"
-        )
+        checkpoint = load_checkpoint(path, model_name)
     config = network_defaults(model_name) | checkpoint["model_config"]
     saved = {key: config[key] for key in set(config) & set(defaults) - WITHOUT_WEIGHTS}
     saved["image_size"] = checkpoint["dataset"]["image_size"]

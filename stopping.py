@@ -21,16 +21,11 @@ class Finished(Exception):  # noqa: N818, it is no error
 
 
 class Stopped(Exception):  # noqa: N818
-    """A signal has ended a training run.
+    """A signal has ended a training run."""
 
-    number: the signal's.
-    out_dir: where the checkpoints are.
-    saved: whether this training has written any, or was resumed from one.
-    """
-
-    number: int
-    out_dir: Path
-    saved: bool
+    number: int  # the signal's
+    out_dir: Path  # where the checkpoints are
+    saved: bool  # whether this training has written any, or was resumed from one
 
 
 def stop_if_asked() -> None:

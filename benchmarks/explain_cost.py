@@ -12,16 +12,13 @@ the median over rounds of the ratios of CPU times. Our methods take 64 images in
 
 import copy
 import statistics
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from common import in_turn, ratios
 
-from attribution import METHODS, attribute, class_maps, forward_pass, methods_for
+from attribution import METHODS, attribute, methods_for
 from batches import batch_size_to_explain
 from cli import Parser, command, integer, path_type, run
 from evaluate import table
@@ -39,16 +36,12 @@ def measurements(model, name: str, images: torch.Tensor) -> dict:
         for x, t in zip(images.split(parts), targets.split(parts), strict=True):
             attribute(model, x, t, method)
 
-    def every_class():
-        for x in images.split(parts):
-            class_maps(forward_pass(model, x, graph=False))
-
     found = {"forward": lambda: torch.inference_mode()(model)(images)}
     for method in METHODS:
         if method not in methods_for(model, 32)[1] and method != "occlusion":
             found[method] = lambda method=method: by(method)
     if name == "cnn":
-        found |= {"grad-cam, all classes": every_class} | others(model, images, targets)
+        found |= others(model, images, targets)
     return found
 
 

@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -120,7 +121,9 @@ def needs(args, job: Job, names: set[str]) -> bool:
 
 
 def start(args, job: Job) -> subprocess.Popen:
-    """Start the job in a process of its own."""
+    """Start the job in a process of its own; remove what an earlier one of its name has left."""
+    shutil.rmtree(run_folder(args, job.name), ignore_errors=True)
+    (args.out_dir / f"{job.name}.pt").unlink(missing_ok=True)
     command = [sys.executable, "-u", str(job.script), *job.argv]
     # Without cuDNN's attention, whose backward pass has given NaN on an H100 (pocket-tts, PR 264).
     environment = os.environ | {"OMP_NUM_THREADS": "2", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
@@ -142,7 +145,11 @@ def measure_run(args, job: Job, results: dict) -> None:
     best = run_folder(args, job.name) / "best.pt"
     if not job.trains or not best.exists():
         return
-    results[job.name] = measure(best, TARGETS[job.script.stem])
+    try:
+        results[job.name] = measure(best, TARGETS[job.script.stem])
+    except UserError as error:  # trained without validation
+        print(f"{job.name}: not measured: {error}", flush=True)
+        return
     (args.out_dir / "results.json").write_text(json.dumps(results, indent=1))
     with contextlib.redirect_stdout(None):
         checkpoint.main([str(best), str(args.out_dir / f"{job.name}.pt")])

@@ -9,18 +9,14 @@ of each method's map is on the square, in the 8×8 grid of `faithfulness.py`: ch
 "Near" also counts the cells around it, 9 in 64 or fewer.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from common import SCRIPTS
 from PIL import Image
 
 import faithfulness
-import train_cnn
-import train_vit
 from attribution import METHODS, methods_for
 from cli import Parser, command, integer, run
 from data import load_data
@@ -68,7 +64,7 @@ def main(argv=None):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(target)
         common = ["--dataset", "folder", "--data-dir", str(root / "images")]
         common += ["--no-flip", "--shift", "2", "--epochs", str(args.epochs), "--batch-size", "32"]
-        for name, script in (("cnn", train_cnn), ("vit", train_vit)):
+        for name, script in SCRIPTS.items():
             script.main([*common, "--out-dir", str(root / name)])
             (model,) = load_models([str(root / name / "best.pt")], "cpu")
             data = load_data_for([model], None, None)

@@ -8,18 +8,14 @@ common classes on the balanced test images.
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from statistics import fmean
 
+from common import train_cnn
 from PIL import Image
 
 import evaluate
-import train_cnn
 from cli import Parser, command, integer, run
 from data import load_data
 

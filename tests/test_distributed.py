@@ -234,6 +234,17 @@ def signalled(*argv) -> None:
     call(train_cnn.main, *argv)
 
 
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_too_few_gpus_are_refused_by_every_process(local_rank, monkeypatch):
+    """Only the first one prints, so it must be refused too."""
+    values = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
+    for key, value in (values | {"RANK": local_rank, "LOCAL_RANK": local_rank}).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="a GPU of its own"):
+        distributed.start(torch.device("cuda"))
+
+
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, fails):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3}.items():

@@ -1,5 +1,6 @@
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,14 @@ def test_patches_that_are_left_out():
         logits = vit.head(vit.norm(torch.nn.Sequential(*vit.blocks)(x[:, kept]))[:, 0])
         expected = logits.softmax(1)[0, goal[b]].detach()
         torch.testing.assert_close(hiding(hidden)[b], expected)
+
+
+def test_patches_are_dropped_only_where_they_are_the_cells():
+    def network(grid):
+        return SimpleNamespace(forward_features=lambda x, keep=None: x, **grid)
+
+    for grid, last in (({"grid": 8}, "dropped"), ({"grid": 4}, "blur"), ({}, "blur")):
+        assert faithfulness.fills_for(SimpleNamespace(network=network(grid)))[-1] == last
 
 
 def test_interval_is_about_two_standard_errors():

@@ -718,10 +718,11 @@ def test_checkpoints_with_other_validation_images_share_their_test_images(tmp_pa
     assert len(load_data_for(load_models(paths, torch.device("cpu")), None, None).test) == 4
 
 
-def test_a_checkpoint_that_names_no_folder_has_the_usual_one(trained, monkeypatch):
-    """As one that `train` wrote when called by hand."""
+@pytest.mark.parametrize("trained_on", [("", ""), ("folder", "photos")])
+def test_another_data_set_is_in_its_usual_folder(trained_on, trained, monkeypatch):
+    """Not in that of the training. ("": `train` was called by hand.)"""
     (model,) = load_models([str(trained["cnn"])], torch.device("cpu"))
-    model.checkpoint["dataset"] |= {"name": "", "data_dir": ""}
+    model.checkpoint["dataset"] |= dict(zip(("name", "data_dir"), trained_on, strict=True))
     found = []
     monkeypatch.setattr(prepare, "load_data", lambda *args, **_: found.append(args) or 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -130,16 +130,19 @@ def test_intervals_and_mcnemars_test():
     assert metrics.wilson(0, 10)[0] == 0 and metrics.wilson(10, 10)[1] == pytest.approx(1)
     rng = np.random.default_rng(2)
     a, b = rng.random(500) < 0.8, rng.random(500) < 0.75
-    value, low, high = metrics.difference(a, b)
+    found = metrics.difference(a, b)
+    value, (low, high) = found["difference"], found["interval"]
     theirs = stats.bootstrap(
         (a.astype(float), b.astype(float)), lambda x, y, axis: x.mean(axis) - y.mean(axis),
         paired=True, method="percentile", n_resamples=9999, rng=np.random.default_rng(3),
     ).confidence_interval  # fmt: skip
     assert value == pytest.approx(a.mean() - b.mean())
     assert (low, high) == pytest.approx(tuple(theirs), abs=0.003)
-    value, low, high = metrics.difference(a, a)  # it may be luck that they never differ
+    found = metrics.difference(a, a)  # it may be luck that they never differ
+    value, (low, high) = found["difference"], found["interval"]
     assert value == 0 and -0.01 < low < 0 < high < 0.01
-    value, low, high = metrics.difference(np.array([True]), np.array([False]))
+    found = metrics.difference(np.array([True]), np.array([False]))
+    value, (low, high) = found["difference"], found["interval"]
     assert value == 1 and low < 0
     assert metrics.mcnemar(0, 0) == 1
     statsmodels = pytest.importorskip("statsmodels.stats.contingency_tables")

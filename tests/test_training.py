@@ -713,7 +713,7 @@ def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
         (["--amp", "fp16"], "--amp fp16"),
         (["--seed", str(2**64)], "--seed"),
         (["--resume", "--overwrite"], "not allowed with"),
-        (["--resume"], "--resume: there is no file"),
+        (["--resume"], "last.pt: no such checkpoint"),
         (["--dataset", "folder", "--data-dir", "no/such/place"], "--data-dir no/such/place"),
         (["--val-fraction", "0.001"], "--val-fraction 0.001"),
         (["--dim", "400000000"], "--dim 400000000 --depth 2"),
