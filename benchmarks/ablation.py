@@ -91,7 +91,12 @@ def plain_vit(*changes, teacher: bool = False) -> Variant:
     def optimizer(model, settings):
         return adamw(model, settings.lr, settings.weight_decay)
 
-    return Variant(changes, optimizer=optimizer, teacher=teacher)
+    return Variant(changes, {"patch_dropout": 0.0}, optimizer, teacher)
+
+
+def muon_vit(lr: float, *changes) -> Variant:
+    """The ViT with all patches, Muon's learning rate `lr`, AdamW for the rest."""
+    return Variant(changes, {"patch_dropout": 0.0, "muon_lr": lr})
 
 
 VARIANTS = {
@@ -124,10 +129,11 @@ VARIANTS = {
         "qk-norm": plain_vit(qk_norm),
         "layer-scale": plain_vit(layer_scale),
         "teacher": plain_vit(teacher=True),
-        "muon-.01": Variant(settings={"muon_lr": 0.01}),
+        "muon-.01": muon_vit(0.01),
+        "muon-.02": muon_vit(0.02),
+        "muon-.02, mimetic": muon_vit(0.02, mimetic),
+        "muon-.04, mimetic": muon_vit(0.04, mimetic),
         "recipe": Variant(),
-        "recipe, mimetic": Variant((mimetic,)),
-        "recipe, mimetic, muon-.04": Variant((mimetic,), {"muon_lr": 0.04}),
     },
 }
 
