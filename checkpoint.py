@@ -252,13 +252,11 @@ def check_finite(network: nn.Module, row: dict, settings) -> None:
 # ---------------------------------------------------------------- load
 
 
-def load_checkpoint(path: str | Path, model_name: str | None = None) -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU. Nothing in the file is run (`weights_only=True`).
 
-    `model_name`: the network that it must be of, or None.
-
     Raises:
-        UserError: no such file, damaged, not a checkpoint of this project, or another network's.
+        UserError: no such file, damaged, or not a checkpoint of this project.
     """
     path = Path(path)
     if path.is_dir():
@@ -269,9 +267,6 @@ def load_checkpoint(path: str | Path, model_name: str | None = None) -> dict:
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     if wrong := wrong_key(entries, KEYS):
         raise UserError(f"{path}: not a checkpoint of this project ({wrong!r} missing or wrong)")
-    name = checkpoint["model_name"]
-    if model_name not in (None, name):
-        raise UserError(f"{path} is a {name}: use train_{name}.py, or another checkpoint")
     checkpoint["classes"] = list(map(composed, checkpoint["classes"]))
     if not checkpoint["history"]:
         raise UserError(f"{path}: its training has not finished an epoch")

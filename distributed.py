@@ -46,7 +46,7 @@ def start(device: torch.device) -> torch.device:
     """Join the other processes; return the device of this one. UserError: they do not come."""
     if world_size() == 1 or dist.is_initialized():
         return device
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # so that all come to the same answer
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # so all of a machine are refused
     if device.type == "mps" or (device.type == "cuda" and here > torch.cuda.device_count()):
         raise UserError("torchrun: each process needs a GPU of its own; use fewer, or --device cpu")
     if device.type == "cuda":

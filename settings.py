@@ -178,7 +178,9 @@ def resumed_flags(values: dict, typed: dict, defaults: dict, model_name: str):
     if out_dir.is_dir() and not distributed.rank():
         make_out_dir(out_dir)  # before last.pt is read, which another program may be writing
     checkpoint = load_run(out_dir, model_name)
-    saved = defaults | checkpoint["settings"]  # an older run may lack a flag
+    network = {k: v for k, v in network_defaults(model_name).items() if k in defaults}
+    settings = network | checkpoint["settings"]  # an older run may lack a flag
+    saved = defaults | settings
     fixed = {key: value for key, value in typed.items() if key not in CHANGEABLE}
     train_on = f"--init {out_dir / 'best.pt'} and another --out-dir"
     advice = {
@@ -194,7 +196,7 @@ def resumed_flags(values: dict, typed: dict, defaults: dict, model_name: str):
     if not best.is_file():
         raise UserError(f"--resume: {best} is missing: put it back, or start again (--overwrite)")
     changed = {key: typed[key] for key in CHANGEABLE & set(typed)}
-    values |= checkpoint["settings"] | {"compile": False} | changed
+    values |= settings | {"compile": False} | changed
     values |= {"out_dir": out_dir, "resume": True, "overwrite": False}
     for key in ("data_dir", "teacher", "init"):  # strings in a checkpoint
         if values.get(key) is not None:
@@ -218,10 +220,18 @@ def load_run(out_dir: Path, model_name: str) -> dict:
     """
     path = out_dir / "last.pt"
     with naming("--resume:", "; check --out-dir, or start again (--overwrite)"):
-        checkpoint = load_checkpoint(path, model_name)
+        checkpoint = load_checkpoint(path)
         if checkpoint["optimizer"] is None or "epochs" not in checkpoint["settings"]:
             raise UserError(f"{path} holds weights only, not a training run")
+    refuse_other_network(f"--resume: {path}", checkpoint, model_name)
     return checkpoint
+
+
+def refuse_other_network(what: str, checkpoint: dict, model_name: str) -> None:
+    """Raise UserError if a checkpoint is another network's."""
+    name = checkpoint["model_name"]
+    if name != model_name:
+        raise UserError(f"{what} is a {name}: use train_{name}.py, or another checkpoint")
 
 
 def network_of(path: Path, model_name: str, typed: dict, defaults: dict) -> dict:
@@ -231,7 +241,8 @@ def network_of(path: Path, model_name: str, typed: dict, defaults: dict) -> dict
         UserError: it cannot be read, is another network, or a typed flag differs.
     """
     with naming("--init"):
-        checkpoint = load_checkpoint(path, model_name)
+        checkpoint = load_checkpoint(path)
+    refuse_other_network(f"--init {path}", checkpoint, model_name)
     config = network_defaults(model_name) | checkpoint["model_config"]
     saved = {key: config[key] for key in set(config) & set(defaults) - WITHOUT_WEIGHTS}
     saved["image_size"] = checkpoint["dataset"]["image_size"]

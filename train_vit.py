@@ -44,7 +44,7 @@ RECIPE = {  # --recipe fast
 }
 CHANGES = {
     "best": {"epochs": 100, "trivial_augment": 1.0, "mix": 0.5, "drop_path": 0.1},
-    "plain": {  # AdamW, flips and shifts; as long as the 24 epochs of half of the patches
+    "plain": {  # AdamW, flips and shifts. Epochs with all patches take twice as long.
         "epochs": 12,
         "label_smoothing": 0.0,
         "clip": 0.0,

@@ -2,15 +2,15 @@
 
     python benchmarks/gpu.py benchmarks/plans/speed.txt --data-dir data/cifar10-jpeg --out-dir gpu
 
-A line of a plan is `name: script flags`, or a comment after #. DATA stands for --data-dir, OUT for
---out-dir. Training scripts get `--dataset folder --data-dir DATA --out-dir OUT/runs/name` too.
-Commands start in the order of the plan, --at-once side by side. One that reads a file of another
-run, as `--teacher OUT/runs/cnn/best.pt` does, waits for that run. Side by side they share the GPU,
-so their times do not measure speed.
+A line of a plan is `name: script flags`, or a comment that starts with #. DATA stands for
+--data-dir, OUT for --out-dir. Training scripts get `--dataset folder --data-dir DATA --out-dir
+OUT/runs/name` too. At most --at-once commands run at a time, in the order of the plan. One that
+reads a file of another run, as `--teacher OUT/runs/cnn/best.pt` does, waits for that run. Side by
+side they share the GPU, so their times do not measure speed.
 
 When the time is up, the rest is stopped, and what stopped runs have reached is measured. Writes
 name.log, weights in half precision, and results.json, which grows with each run. Prints a table.
---tiny: two epochs of three steps, one command after the other in this process, to try a plan.
+--tiny: trainings of two epochs of three steps, one after the other in this process, to try a plan.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -27,10 +26,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from common import add_folder_flag
 from seeds import measure
 
-import checkpoint
+from checkpoint import load_checkpoint, save_checkpoint, without_training_state
 from cli import Parser, UserError, command, integer, make_out_dir, path_type, positive, run
 from data import load_data
 
@@ -47,9 +47,9 @@ class Job:
     script: Path
     argv: list[str]
 
-    @property
-    def trains(self) -> bool:
-        return self.script.stem in TARGETS
+    def best(self, out_dir: Path) -> Path:
+        """The checkpoint that a training script writes."""
+        return out_dir / "runs" / self.name / "best.pt"
 
 
 def read_plan(args) -> list[Job]:
@@ -67,20 +67,20 @@ def read_plan(args) -> list[Job]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        name, colon, words = line.partition(":")
-        words = [re.sub("DATA|OUT", lambda m: folders[m[0]], word) for word in words.split()]
-        if not colon or not words or not (ROOT / words[0]).is_file():
+        name, _, words = line.partition(":")
+        words = [re.sub(r"\b(DATA|OUT)\b", lambda m: folders[m[0]], w) for w in words.split()]
+        if not re.fullmatch(r"\w[\w.-]*", name) or not words or not (ROOT / words[0]).is_file():
             raise UserError(f"{args.plan}, line {number}: use `name: script flags`")
-        jobs.append(Job(name, ROOT / words[0], words[1:]))
-        if jobs[-1].trains:
-            jobs[-1].argv += ["--dataset", "folder", "--data-dir", str(args.data_dir)]
-            jobs[-1].argv += ["--out-dir", str(run_folder(args, name)), "--overwrite"]
-            jobs[-1].argv += ["--pictures", "off", *TINY * args.tiny]
+        if name in {job.name for job in jobs}:
+            raise UserError(f"{args.plan}, line {number}: there are two commands named {name}")
+        job = Job(name, ROOT / words[0], words[1:])
+        if job.script.stem in TARGETS:
+            job.argv += ["--dataset", "folder", "--data-dir", folders["DATA"], "--pictures", "off"]
+            job.argv += ["--out-dir", str(job.best(args.out_dir).parent)]
+        if args.tiny and "train" in job.script.stem:
+            job.argv += TINY
+        jobs.append(job)
     return jobs
-
-
-def run_folder(args, name: str) -> Path:
-    return args.out_dir / "runs" / name
 
 
 def run_jobs(args, jobs: list[Job]) -> dict:
@@ -92,8 +92,8 @@ def run_jobs(args, jobs: list[Job]) -> dict:
                 if process.poll() is not None:
                     finish(args, job, process, results)
                     del running[name]
-            names = {*running, *(job.name for job in waiting)}
-            free = (job for job in waiting if not needs(args, job, names - {job.name}))
+            others = [*waiting, *(job for job, _ in running.values())]
+            free = (job for job in waiting if not needs(args, job, others))
             if len(running) < args.at_once and (job := next(free, None)):
                 waiting.remove(job)
                 running[job.name] = job, start(args, job)
@@ -101,8 +101,9 @@ def run_jobs(args, jobs: list[Job]) -> dict:
                 time.sleep(0.1)
     finally:  # also where this script is stopped
         for job, process in running.values():
-            print(f"{job.name}: stopped", flush=True)
-            process.terminate()
+            if process.poll() is None:
+                print(f"{job.name}: stopped", flush=True)
+                process.terminate()
     for job, process in running.values():
         try:
             process.wait(60)
@@ -114,16 +115,14 @@ def run_jobs(args, jobs: list[Job]) -> dict:
     return results
 
 
-def needs(args, job: Job, names: set[str]) -> bool:
-    """Whether a job's flags name the folder of one of these runs."""
-    folders = {run_folder(args, name) for name in names}
+def needs(args, job: Job, others: list[Job]) -> bool:
+    """Whether a job reads a file of another one's run."""
+    folders = {other.best(args.out_dir).parent for other in others if other is not job}
     return any(folders.intersection(Path(word).parents) for word in job.argv)
 
 
 def start(args, job: Job) -> subprocess.Popen:
-    """Start the job in a process of its own; remove what an earlier one of its name has left."""
-    shutil.rmtree(run_folder(args, job.name), ignore_errors=True)
-    (args.out_dir / f"{job.name}.pt").unlink(missing_ok=True)
+    """Start the job in a process of its own."""
     command = [sys.executable, "-u", str(job.script), *job.argv]
     # Without cuDNN's attention, whose backward pass has given NaN on an H100 (pocket-tts, PR 264).
     environment = os.environ | {"OMP_NUM_THREADS": "2", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
@@ -142,17 +141,16 @@ def finish(args, job: Job, process: subprocess.Popen, results: dict) -> None:
 
 def measure_run(args, job: Job, results: dict) -> None:
     """Measure best.pt, if there is one; keep the results and the weights."""
-    best = run_folder(args, job.name) / "best.pt"
-    if not job.trains or not best.exists():
+    best = job.best(args.out_dir)
+    if not best.exists():
         return
     try:
         results[job.name] = measure(best, TARGETS[job.script.stem])
-    except UserError as error:  # trained without validation
-        print(f"{job.name}: not measured: {error}", flush=True)
-        return
-    (args.out_dir / "results.json").write_text(json.dumps(results, indent=1))
-    with contextlib.redirect_stdout(None):
-        checkpoint.main([str(best), str(args.out_dir / f"{job.name}.pt")])
+        (args.out_dir / "results.json").write_text(json.dumps(results, indent=1))
+        weights = without_training_state(load_checkpoint(best), torch.float16)
+        save_checkpoint(args.out_dir / f"{job.name}.pt", weights)
+    except UserError as error:  # the other jobs go on
+        print(f"{job.name}: not measured, or not kept: {error}", flush=True)
 
 
 def run_here(args, jobs: list[Job]) -> dict:
@@ -178,7 +176,7 @@ def show(results: dict) -> None:
         if row["finished"]:
             kinds.setdefault(name.rpartition("-seed")[0], []).append(row)
         else:
-            print(f"{name} was stopped: it counts in no mean")
+            print(f"{name} did not finish: it counts in no mean")
     for kind, rows in kinds.items():
         if kind and len(rows) > 1:
             tests = [row["test_accuracy"] for row in rows]
@@ -201,8 +199,10 @@ def main(argv=None):
     add("--tiny", action="store_true", help="two epochs of three steps")
     args = parser.parse_args(argv)
     args.deadline = time.time() + 60 * args.minutes
-    make_out_dir(args.out_dir)
     jobs = read_plan(args)
+    make_out_dir(args.out_dir)
+    if (args.out_dir / "runs").exists():
+        parser.error(f"--out-dir {args.out_dir} has runs already: choose another")
     load_data("folder", args.data_dir)  # decoded once, before several processes need it
     show(run_here(args, jobs) if args.tiny else run_jobs(args, jobs))
 

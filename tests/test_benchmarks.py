@@ -452,24 +452,26 @@ def plan_of(tmp_path, photos, *lines, **settings):
     """The settings of gpu.main for a plan of these lines."""
     plan = tmp_path / "plan.txt"
     plan.write_text("# a comment\n\n" + "".join(f"{line}\n" for line in lines))
-    values = {"plan": plan, "data_dir": photos, "out_dir": tmp_path, "at_once": 2, "tiny": False}
-    return SimpleNamespace(**values | settings)
+    values = {"plan": plan, "data_dir": photos, "out_dir": tmp_path / "out", "at_once": 2}
+    return SimpleNamespace(**values | {"tiny": False} | settings)
 
 
-def test_gpu(photos, tmp_path, capsys):
+def test_gpu(photos, tmp_path, capsys, fails):
     lines = "cnn-seed0: train_cnn.py", "vit: train_vit.py --teacher OUT/runs/cnn-seed0/best.pt"
-    peer = "peer: benchmarks/train_peer.py vit --epochs 1 --data-dir DATA --out OUT/peer.json"
-    plan = plan_of(tmp_path, photos, *lines, peer).plan
-    gpu.main([str(plan), "--data-dir", str(photos), "--out-dir", str(tmp_path), "--tiny"])
+    peer = "peer: benchmarks/train_peer.py vit --data-dir DATA --out OUT/peer.json"
+    plan, out_dir = plan_of(tmp_path, photos, *lines, peer).plan, tmp_path / "out"
+    argv = [str(plan), "--data-dir", str(photos), "--out-dir", str(out_dir), "--tiny"]
+    gpu.main(argv)
     out = capsys.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((out_dir / "results.json").read_text())
     assert list(results) == ["cnn-seed0", "vit"]
     for name, row in results.items():
         assert 0 <= row["test_accuracy"] <= 1 and row["epochs"] == 2 and row["finished"] is True
-        assert f"\n{name} " in out and "best validation" in (tmp_path / f"{name}.log").read_text()
-        _, checkpoint = load_model(tmp_path / f"{name}.pt")
+        assert f"\n{name} " in out and "best validation" in (out_dir / f"{name}.log").read_text()
+        _, checkpoint = load_model(out_dir / f"{name}.pt")
         assert checkpoint["classes"] == CLASSES and checkpoint["optimizer"] is None
-    assert json.loads((tmp_path / "peer.json").read_text())["peer"] == "vit"
+    assert json.loads((out_dir / "peer.json").read_text())["epochs"] == 2
+    assert "has runs already" in fails(gpu.main, *argv)
 
 
 def test_gpu_runs_side_by_side_until_the_time_is_up(photos, tmp_path, capsys):
@@ -478,19 +480,32 @@ def test_gpu_runs_side_by_side_until_the_time_is_up(photos, tmp_path, capsys):
         (tmp_path / f"{name}.py").write_text(text)
     lines = [f"{name}: {tmp_path}/{name}.py --seed 1" for name in ("good", "bad", "long")]
     lines += [f"after: {tmp_path}/good.py OUT/runs/long/best.pt", f"last: {tmp_path}/good.py"]
-    earlier = tmp_path / "runs" / "bad" / "best.pt"  # must not be measured as if it were new
-    earlier.parent.mkdir(parents=True)
-    earlier.touch()
     started = time.time()
-    args = plan_of(tmp_path, photos, *lines, deadline=started + 1.5)
+    args = plan_of(tmp_path, photos, *lines, deadline=started + 3)
+    args.out_dir.mkdir()
     assert gpu.run_jobs(args, gpu.read_plan(args)) == {}
-    assert 1.5 <= time.time() - started < 30
+    assert 3 <= time.time() - started < 30
     out = capsys.readouterr().out
     assert "bad: failed with 3" in out and "long: stopped" in out and "no time for after" in out
     assert "good: failed" not in out and "long: failed" not in out
-    assert (tmp_path / "good.log").read_text() == "# good.py --seed 1\n['--seed', '1']\n"
-    assert (tmp_path / "last.log").exists() and not (tmp_path / "after.log").exists()
-    assert not earlier.exists()
+    assert (args.out_dir / "good.log").read_text() == "# good.py --seed 1\n['--seed', '1']\n"
+    assert (args.out_dir / "last.log").exists() and not (args.out_dir / "after.log").exists()
+
+
+def test_gpu_measures_what_is_there(trained, tmp_path, capsys):
+    """Of a run that ended or was stopped; one without validation has no accuracy to record."""
+    args, results = SimpleNamespace(out_dir=tmp_path), {}
+    for name in ("whole", "unvalidated", "nothing"):
+        job = gpu.Job(name, ROOT / "train_cnn.py", [])
+        job.best(tmp_path).parent.mkdir(parents=True)
+        if name != "nothing":
+            checkpoint = load_checkpoint(trained["cnn"])
+            checkpoint["best"] |= {"val_accuracy": None} if name == "unvalidated" else {}
+            save_checkpoint(job.best(tmp_path), checkpoint)
+        gpu.measure_run(args, job, results)
+    assert list(results) == list(json.loads((tmp_path / "results.json").read_text())) == ["whole"]
+    assert "unvalidated: not measured" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "whole.pt")["model"]["head.weight"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("plan", sorted((ROOT / "benchmarks" / "plans").iterdir()), ids=str)
@@ -511,12 +526,21 @@ def test_plans_are_understood(plan, photos, tmp_path, monkeypatch):
             sys.modules[job.script.stem].main(job.argv)
 
 
-@pytest.mark.parametrize("line", ["cnn train_cnn.py", "cnn:", "cnn: train_rnn.py"])
-def test_wrong_plan(line, photos, tmp_path, fails):
-    plan = plan_of(tmp_path, photos, line).plan
-    error = fails(gpu.main, plan, "--data-dir", photos, "--out-dir", tmp_path)
-    assert f"{plan}, line 3: use `name: script flags`" in error
-    error = fails(gpu.main, tmp_path, "--data-dir", photos, "--out-dir", tmp_path)
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("b train_cnn.py", "use `name: script flags`"),
+        ("b:", "use `name: script flags`"),
+        ("b: train_rnn.py", "use `name: script flags`"),
+        ("..: train_cnn.py", "use `name: script flags`"),
+        ("a: train_cnn.py", "two commands named a"),
+    ],
+)
+def test_wrong_plan(line, says, photos, tmp_path, fails):
+    plan = plan_of(tmp_path, photos, "a: train_vit.py", line).plan
+    error = fails(gpu.main, plan, "--data-dir", photos, "--out-dir", tmp_path / "out")
+    assert f"{plan}, line 4: " in error and says in error
+    error = fails(gpu.main, tmp_path, "--data-dir", photos, "--out-dir", tmp_path / "out")
     assert f"{tmp_path}: cannot be read" in error
 
 
@@ -525,7 +549,7 @@ def test_gpu_means_leave_out_stopped_runs(capsys):
     rows = [row | {"test_accuracy": x, "finished": x < 0.9} for x in (0.5, 0.6, 0.9)]
     gpu.show({f"cnn-fast-seed{i}": row for i, row in enumerate(rows)})
     lines = capsys.readouterr().out.splitlines()
-    assert "cnn-fast-seed2 was stopped: it counts in no mean" in lines
+    assert "cnn-fast-seed2 did not finish: it counts in no mean" in lines
     assert lines[-1].split() == "cnn-fast 55.00% ± 7.07% to target 3.0 ± 0.0".split()
 
 

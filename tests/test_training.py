@@ -384,15 +384,26 @@ def test_the_type_of_a_run_is_stored_and_kept(tmp_path, monkeypatch, capsys, int
     assert load_checkpoint(tmp_path / "run" / "last.pt")["settings"]["amp"] == "bf16"
 
 
-def test_a_flag_that_an_older_run_lacks_has_its_default(trained, tmp_path, fails):
-    run = shutil.copytree(trained["cnn"].parent, tmp_path / "run")
+@pytest.mark.parametrize(("script", "flag"), [(train_cnn, "mix"), (train_vit, "patch-dropout")])
+def test_a_flag_that_an_older_run_lacks_has_its_default(script, flag, trained, tmp_path, fails):
+    """For the network that of its constructor: the recipe may have changed since."""
+    model = script.__name__.removeprefix("train_")
+    run = shutil.copytree(trained[model].parent, tmp_path / "run")
     state = load_checkpoint(run / "last.pt")
-    del state["settings"]["mix"]
+    del state["settings"][flag.replace("-", "_")]
     save_checkpoint(run / "last.pt", state)
-    train_cnn.main(["--resume", "--mix", "0", "--out-dir", str(run)])  # finished, no conflict
-    assert "--mix 0.5 conflicts" in fails(
-        train_cnn.main, "--resume", "--mix", 0.5, "--out-dir", run
-    )
+    script.main(["--resume", f"--{flag}", "0", "--out-dir", str(run)])  # finished, no conflict
+    error = fails(script.main, "--resume", f"--{flag}", 0.5, "--out-dir", run)
+    assert f"--{flag} 0.5 conflicts" in error
+
+
+@pytest.mark.parametrize("argv", [["--recipe", "plain"], ["--dataset", "digits"]])
+def test_the_plain_recipe_leaves_out_no_patch(argv, tmp_path):
+    parser = settings_module.training_parser("", train_vit.RECIPE, train_vit.CHANGES)
+    parser.add_argument("--patch-dropout", type=float)
+    typed = [*argv, "--out-dir", str(tmp_path)]
+    flags, _ = settings_module.parse_flags(parser, typed, "vit", train_vit.CHANGES)
+    assert flags.patch_dropout == 0 and train_vit.RECIPE["patch_dropout"] == 0.5
 
 
 def test_batches_for_training_have_the_flags_of_augmentation():
