@@ -134,7 +134,7 @@ def test_patches_that_are_left_out():
 
 def test_patches_are_dropped_only_where_they_are_the_cells():
     def network(grid):
-        return SimpleNamespace(forward_features=lambda x, keep=None: x, **grid)
+        return SimpleNamespace(forward=None, forward_features=lambda x, keep=None: x, **grid)
 
     for grid, last in (({"grid": 8}, "dropped"), ({"grid": 4}, "blur"), ({}, "blur")):
         assert faithfulness.fills_for(SimpleNamespace(network=network(grid)))[-1] == last
