@@ -325,8 +325,7 @@ def load_data_for(
     refuse_different(models, [*keys, "image_size"] + ["val_fraction"] * (split == "val"), keys)
     trained_on = models[0].checkpoint["dataset"]
     name = name or trained_on["name"]
-    usual = trained_on["data_dir"] if name == trained_on["name"] else ""
-    data_dir = Path(data_dir or usual or "data")
+    data_dir = data_folder(data_dir, name, trained_on)
     if not name:
         raise UserError(f"{models[0].name} does not know its data: name them (--dataset)")
     same = name == trained_on["name"]
@@ -365,6 +364,12 @@ def load_data_for(
         if split == "val" and same_images(trained_on, data) and caveat not in data.caveats:
             data.caveats.append(caveat)
     return data
+
+
+def data_folder(typed: Path | None, name: str, trained_on: dict) -> Path:
+    """Where the data set `name` is: as typed, else where it was in training, else in data/."""
+    usual = trained_on["data_dir"] if name == trained_on["name"] else ""
+    return Path(typed or usual or "data")
 
 
 def refuse_different(models: list[TrainedModel], keys: list[str], flags: list[str]) -> None:

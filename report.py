@@ -29,6 +29,7 @@ from cli import printable, quoted
 from data import Data, Split
 from figures import MAX_BARS
 from metrics import BINS, METRICS, confused_pairs, holm
+from prepare import data_folder
 
 MAX_BYTES = 2_100_000  # of pictures; in base64 these are 2.8 MB
 
@@ -222,12 +223,11 @@ def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
     hardware += torch.backends.cpu.get_cpu_capability()
     if args.device != "cpu" and torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
-    usual = trained_on["data_dir"] if data.name == trained_on["name"] else ""
     return {
         "command": "python evaluate.py "
         + printable(shlex.join(sys.argv[1:] if argv is None else argv)),
         "data": data.name,
-        "data_dir": printable(args.data_dir or usual or "data"),
+        "data_dir": printable(data_folder(args.data_dir, data.name, trained_on)),
         "split": args.split,
         "images": len(split),
         "classes": data.classes,

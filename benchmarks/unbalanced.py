@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-from common import train_cnn
+from common import SCRIPTS
 from PIL import Image
 
 import evaluate
@@ -53,7 +53,7 @@ def main(argv=None):
         for balance in ("--no-balance", "--balance"):
             for seed in range(args.seeds):
                 run_flags = ["--seed", seed, balance, "--out-dir", out_dir, "--overwrite"]
-                train_cnn.main([*map(str, [*flags, *run_flags])])
+                SCRIPTS["cnn"].main([*map(str, [*flags, *run_flags])])
                 evaluate.main([str(out_dir / "best.pt"), "--out-dir", str(out_dir / "scores")])
                 (row,) = json.loads((out_dir / "scores" / "metrics.json").read_text()).values()
                 recall = [row["per_class"][str(digit)]["recall"] for digit in range(10)]
