@@ -9,12 +9,14 @@
   after 100/180 and 150/180 of the epochs; flips and shifts of 2 pixels for its random crops;
 - `notebook-cnn`: the notebook's, Adam 1e-3, batch 64, no augmentation, no schedule.
 
-A few steps measure the speed, which gives the whole epochs that fit. All train in our loop, on the
-same images, in the same precision. Appends results to benchmarks/results/alternatives.jsonl, and
-draws the curves into --figure. The test split is not used.
+A few steps measure the speed in float32 and in half precision. The faster is used, and gives the
+whole epochs that fit. All train in our loop, on the same images. Appends a row for each to
+benchmarks/results/alternatives.jsonl, and draws each network's latest row of the same --minutes
+into --figure. The test split is not used.
 """
 
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from data import load_data
 from figures import with_plain_text
 from models import count_parameters
 from prepare import make_batches
+from settings import choose_amp
 
 
 def cosine(step: int, total_steps: int, warmup: float, peak: float) -> float:
@@ -87,10 +90,13 @@ PEERS = {
 }
 
 
-def train_alternative(name: str, data, epochs: int, seed: int, limit: int | None) -> dict:
-    """Train one of them; return its parameters and history."""
-    common = {"epochs": epochs, "seed": seed, "limit_batches": limit, "classes": len(data.classes)}
-    torch.manual_seed(seed)
+def train_alternative(name: str, data, *, amp: str, **common) -> dict:
+    """Train one of them; return its parameters and history.
+
+    `common`: epochs, seed and limit_batches.
+    """
+    common |= {"amp": amp, "classes": len(data.classes)}
+    torch.manual_seed(common["seed"])
     if name in SCRIPTS:
         own = recipe_settings(name, **common)
         train_batches, val_batches = make_batches(data, own, DEVICE)
@@ -108,13 +114,22 @@ def train_alternative(name: str, data, epochs: int, seed: int, limit: int | None
     return {"parameters": count_parameters(model), "history": history}
 
 
+def fastest(name: str, data, **settings) -> tuple[float, str]:
+    """Images per second, and the value of --amp with which one of them trains fastest."""
+    speeds = []
+    for amp in sorted({"off", choose_amp("auto", DEVICE)}):
+        (epoch,) = train_alternative(name, data, amp=amp, epochs=1, **settings)["history"]
+        speeds.append((epoch["images_per_second"], amp))
+    return max(speeds)
+
+
 def draw(results: list[dict], minutes: float) -> plt.Figure:
     """Validation accuracy by training time."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for result in results:
         rows = result["history"]
         x, y = ([row[key] for row in rows] for key in ("seconds", "val_accuracy"))
-        label = f"{result['name']}: {y[-1]:.1%}, {len(rows)} epochs"
+        label = f"{result['name']}: {y[-1]:.1%} ({len(rows)} epochs)"
         axes.plot([s / 60 for s in x], y, marker=".", label=label)
     axes.set(xlabel="training time (minutes)", ylabel="validation accuracy", xlim=(0, None))
     axes.set_title(f"The same {minutes:g} minutes for each")
@@ -132,24 +147,25 @@ def main(argv=None):
     names = [*SCRIPTS, *PEERS]
     add("--networks", nargs="+", choices=names, default=names, metavar="NAME", help="which ones")
     add("--minutes", type=positive, default=30, metavar="X", help="training time of each")
-    add("--steps", type=integer(1), default=30, metavar="N", help="steps that measure the speed")
+    add("--steps", type=integer(1), default=60, metavar="N", help="steps that measure the speed")
     add("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N", help="random seed")
     add("--limit-batches", type=integer(1), metavar="N", help="at most N per epoch, to try it")
     add("--figure", type=path_type, default=Path("runs/alternatives.png"), metavar="FILE",
         help="PNG file of the curves")  # fmt: skip
     add_results_flag(parser, "alternatives.jsonl")
     args = parser.parse_args(argv)
-    data, results = load_data("folder", args.data_dir), []
+    data = load_data("folder", args.data_dir)
     for name in args.networks:
-        speed = train_alternative(name, data, 1, args.seed, args.steps)["history"][0]
-        images = len(data.train)
-        epochs = max(1, int(60 * args.minutes * speed["images_per_second"] / images))
-        print(f"== {name}: {epochs} epochs", flush=True)
-        result = train_alternative(name, data, epochs, args.seed, args.limit_batches)
-        results.append({"name": name, "minutes": args.minutes, "seed": args.seed} | result)
-        append(args.results, results[-1])
+        speed, amp = fastest(name, data, seed=args.seed, limit_batches=args.steps)
+        epochs = max(1, int(60 * args.minutes * speed / len(data.train)))
+        print(f"== {name}: {epochs} epochs, --amp {amp}", flush=True)
+        settings = {"amp": amp, "seed": args.seed, "limit_batches": args.limit_batches}
+        result = train_alternative(name, data, epochs=epochs, **settings)
+        append(args.results, {"name": name, "minutes": args.minutes} | settings | result)
+    rows = [json.loads(line) for line in args.results.read_text().splitlines()]
+    latest = {row["name"]: row for row in rows if row["minutes"] == args.minutes}
     args.figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(results, args.minutes).savefig(args.figure, dpi=120)
+    draw(list(latest.values()), args.minutes).savefig(args.figure, dpi=120)
 
 
 if __name__ == "__main__":
