@@ -9,10 +9,10 @@
   after 100/180 and 150/180 of the epochs; flips and shifts of 2 pixels for its random crops;
 - `notebook-cnn`: the notebook's, Adam 1e-3, batch 64, no augmentation, no schedule.
 
-A few steps measure the speed in float32 and in half precision. The faster is used, and gives the
-whole epochs that fit. All train in our loop, on the same images. Appends a row for each to
-benchmarks/results/alternatives.jsonl, and draws each network's latest row of the same --minutes
-into --figure. The test split is not used.
+All train in our loop, on the same images. --steps steps in float32, and as many in half precision
+where that is fast, measure the speed. The faster of the two is used, and its speed decides how many
+whole epochs fit (at least one). Appends a row for each network to --results, and draws into
+--figure the latest row of each that was made in the same way. The test split is not used.
 """
 
 import functools
@@ -29,6 +29,7 @@ from common import (
     add_folder_flag,
     add_results_flag,
     append,
+    in_turn,
     new_training,
     recipe_settings,
     train_for,
@@ -115,21 +116,24 @@ def train_alternative(name: str, data, *, amp: str, **common) -> dict:
 
 
 def fastest(name: str, data, **settings) -> tuple[float, str]:
-    """Images per second, and the value of --amp with which one of them trains fastest."""
-    speeds = []
-    for amp in sorted({"off", choose_amp("auto", DEVICE)}):
+    """Its highest speed in images per second, and the `amp` with which it has it."""
+
+    def speed(amp: str) -> float:
         (epoch,) = train_alternative(name, data, amp=amp, epochs=1, **settings)["history"]
-        speeds.append((epoch["images_per_second"], amp))
-    return max(speeds)
+        return epoch["images_per_second"]
+
+    types = sorted({"off", choose_amp("auto", DEVICE)})
+    speeds = in_turn({amp: functools.partial(speed, amp) for amp in types}, rounds=1)
+    return max((value, amp) for amp, (value,) in speeds.items())
 
 
 def draw(results: list[dict], minutes: float) -> plt.Figure:
-    """Validation accuracy by training time."""
+    """Validation accuracy by training time. The legend has that of the last epoch."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for result in results:
         rows = result["history"]
         x, y = ([row[key] for row in rows] for key in ("seconds", "val_accuracy"))
-        label = f"{result['name']}: {y[-1]:.1%} ({len(rows)} epochs)"
+        label = f"{result['name']}: {y[-1]:.1%} ({len(rows)} epochs, {result['amp']})"
         axes.plot([s / 60 for s in x], y, marker=".", label=label)
     axes.set(xlabel="training time (minutes)", ylabel="validation accuracy", xlim=(0, None))
     axes.set_title(f"The same {minutes:g} minutes for each")
@@ -158,14 +162,16 @@ def main(argv=None):
     for name in args.networks:
         speed, amp = fastest(name, data, seed=args.seed, limit_batches=args.steps)
         epochs = max(1, int(60 * args.minutes * speed / len(data.train)))
-        print(f"== {name}: {epochs} epochs, --amp {amp}", flush=True)
+        print(f"== {name}: {epochs} epochs, {amp}", flush=True)
         settings = {"amp": amp, "seed": args.seed, "limit_batches": args.limit_batches}
         result = train_alternative(name, data, epochs=epochs, **settings)
         append(args.results, {"name": name, "minutes": args.minutes} | settings | result)
     rows = [json.loads(line) for line in args.results.read_text().splitlines()]
-    latest = {row["name"]: row for row in rows if row["minutes"] == args.minutes}
+    same = ("minutes", "seed", "limit_batches", "device", "cpu", "threads")
+    latest = {row["name"]: row for row in rows if all(row[k] == rows[-1][k] for k in same)}
     args.figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(list(latest.values()), args.minutes).savefig(args.figure, dpi=120)
+    figure = draw([latest[name] for name in names if name in latest], args.minutes)
+    figure.savefig(args.figure, dpi=120)
 
 
 if __name__ == "__main__":

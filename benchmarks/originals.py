@@ -36,7 +36,7 @@ def right(model: TrainedModel, folder: Path):
 
 def with_interval(correct: int, total: int) -> list[float]:
     """The fraction of correct answers, and the ends of Wilson's 95% interval."""
-    return [round(x, 4) for x in (correct / total, *wilson(correct, total))]
+    return [correct / total, *wilson(correct, total)]
 
 
 @command
