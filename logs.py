@@ -199,7 +199,7 @@ class Pictures:
         if logs is not None and outputs is not None:
             with writing(logs.val.log_dir, needed=False):
                 for name, accuracy in self.class_accuracies(*outputs).items():
-                    logs.val.add_scalar(f"class accuracy/{name}", accuracy, step)
+                    logs.val.add_scalar(f"validation accuracy/{name}", accuracy, step)
         if logs is None or (epoch & (epoch - 1) and epoch != self.settings.epochs):
             return
         with writing(logs.train.log_dir, needed=False):

@@ -162,11 +162,13 @@ def test_text_and_hyperparameters(runs):
     assert "|batch_size|`32`|" in text("settings") and "|**all**|`CNN`|" in text("layers")
     assert "val: plain cross-entropy" in text("settings")
     val = read(runs / "on" / "val")
-    classes = {f"class accuracy/{i}" for i in range(10)}
+    classes = {f"validation accuracy/{i}" for i in range(10)}
     assert set(val.Tags()["scalars"]) == {"epoch/loss", "epoch/accuracy", *classes}
+    tags = [*val.Tags()["scalars"], *read(runs / "on" / "train").Tags()["scalars"]]
+    assert min(tags) == "epoch/accuracy"  # TensorBoard sorts by name: these charts come first
     labels = load_data("digits", ".").val
     counts = torch.bincount(labels.labels[labels.indices]).tolist()
-    of_class = [val.Scalars(f"class accuracy/{i}")[-1] for i in range(10)]
+    of_class = [val.Scalars(f"validation accuracy/{i}")[-1] for i in range(10)]
     correct = sum(n * point.value for n, point in zip(counts, of_class, strict=True))
     last = val.Scalars("epoch/accuracy")[-1]
     assert correct / 144 == pytest.approx(last.value, abs=1e-6) and of_class[0].step == last.step
