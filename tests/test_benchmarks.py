@@ -389,6 +389,13 @@ def test_alternatives(results, photos, tmp_path, monkeypatch):
         assert_environment(row)
         assert len(row["history"]) == 1 and 0 <= row["history"][0]["val_accuracy"] <= 1
     assert Image.open(figure).size[0] > 400
+    drawn, draw = [], alternatives.draw
+    monkeypatch.setattr(alternatives, "draw", lambda rows, x: drawn.extend(rows) or draw(rows, x))
+    for seed, limit in (("0", "2"), ("0", "1"), ("1", "1"), ("0", "1")):
+        flags = ["--networks", "resnet-20", "--seed", seed, "--limit-batches", limit]
+        alternatives.main([*argv, *flags, "--figure", str(figure), *results.flags])
+    # the last time: the new row of ResNet-20 beside those of the others made in the same way
+    assert drawn[-5:] == [*results.rows()[:2], results.rows()[-1], *results.rows()[3:5]]
 
 
 def test_peers_are_as_published():
@@ -428,11 +435,10 @@ def test_wilsons_interval():
     assert originals.with_interval(81, 263) == expected
 
 
-def test_curves(teacher, tmp_path, fails):
-    curves.main([str(teacher), str(tmp_path / "curves")])
-    history = load_checkpoint(teacher)["history"]
+def assert_curves(folder, history):
+    """The last point of each curve is that of the history."""
     for part in ("train", "val"):
-        (file,) = (tmp_path / "curves" / part).iterdir()
+        (file,) = (folder / part).iterdir()
         events = EventAccumulator(str(file)).Reload()
         assert events.Tags()["scalars"] == ["epoch/loss", "epoch/accuracy"]
         point = events.Scalars("epoch/accuracy")[-1]
@@ -440,6 +446,18 @@ def test_curves(teacher, tmp_path, fails):
         assert point.wall_time == pytest.approx(history[-1]["seconds"])
         assert point.value == pytest.approx(history[-1][f"{part}_accuracy"])
         assert platform.node().encode() not in file.read_bytes() + file.name.encode()
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_published_curves_are_those_of_the_weights(name):
+    folder = ROOT / "pretrained"
+    assert_curves(folder / "curves" / name, load_checkpoint(folder / f"{name}.pt")["history"])
+
+
+def test_curves(teacher, tmp_path, fails):
+    curves.main([str(teacher), str(tmp_path / "curves")])
+    history = load_checkpoint(teacher)["history"]
+    assert_curves(tmp_path / "curves", history)
     assert "exists already" in fails(curves.main, teacher, tmp_path / "curves")
     history = [row | {"val_loss": None, "val_accuracy": None} for row in history]
     curves.write_curves(history, tmp_path / "without")
