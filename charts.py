@@ -10,15 +10,7 @@ import numpy as np
 import torch
 
 from data import Data, Split
-from figures import (
-    MAX_BARS,
-    MAX_NAMES,
-    Figure,
-    MaxNLocator,
-    PercentFormatter,
-    name_axis,
-    shorten,
-)
+from figures import MAX_BARS, MAX_NAMES, Figure, MaxNLocator, PercentFormatter, name_axis, shorten
 
 MAX_EXAMPLES = 50  # classes with an image
 MAX_MATRICES, MAX_CURVES = 6, 10  # checkpoints; matplotlib has ten colours
@@ -50,9 +42,8 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         name_axis(axes.xaxis, classes, tilt=True)
         name_axis(axes.yaxis, classes, ["" if n else " (no images)" for n in counts.sum(1)])
-        axes.set(xlabel="predicted", ylabel="true")
         correct = f"{scores['accuracy']:.2%} of {scores['images']:,} images correct"
-        axes.set_title(f"{name}\n{correct}")
+        axes.set(xlabel="predicted", ylabel="true", title=f"{name}\n{correct}")
         if len(classes) <= MAX_NAMES:
             axes.set_xticks(np.arange(C - 1) + 0.5, minor=True)
             axes.set_yticks(np.arange(C - 1) + 0.5, minor=True)
@@ -91,15 +82,14 @@ def plot_curves(histories: dict[str, list[dict]], best: dict[str, int]) -> Figur
                         i = epochs.index(best[key])
                         axes.plot(x[i], y[i], "*", color=f"C{color}", markersize=12)
             axes.grid(alpha=0.3)
-            axes.set_title(f"{quantity} by {unit}", fontsize=11)
+            axes.set_title(f"{quantity} by {unit}")
             if quantity == "loss":
                 axes.set_xlabel(unit)
         row[0].set_ylabel(quantity)
     grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     grid[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle("Training; a star is the epoch that was best on validation", fontsize=11)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle("Training; a star is the epoch that was best on validation")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -121,10 +111,10 @@ def plot_confidence(metrics: dict[str, dict]) -> Figure:
         counts.stairs([bin["images"] / scores["images"] for bin in bins], edges, **look)
         x = [int(share[:-1]) / 100 for share in scores["coverage"]]
         coverage.plot(x, list(scores["coverage"].values()), label=name, **look)
-    calibration.set(ylim=(0, 1), ylabel="accuracy")
-    calibration.set_title(f"Reliability (bins with {MIN_IMAGES} images or more)", fontsize=11)
+    title = f"Reliability (bins with {MIN_IMAGES} images or more)"
+    calibration.set(ylim=(0, 1), ylabel="accuracy", title=title)
     counts.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
-    coverage.set_title("Accuracy on the most confident images", fontsize=11)
+    coverage.set_title("Accuracy on the most confident images")
     coverage.set(xlabel="fraction of images, the most confident first", ylabel="accuracy")
     coverage.set_ylim(top=1 + 0.03 * (1 - coverage.get_ylim()[0]))
     for axes in (calibration, counts, coverage):
@@ -132,8 +122,7 @@ def plot_confidence(metrics: dict[str, dict]) -> Figure:
         axes.grid(alpha=0.3)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=None if axes is coverage else 0))
-    figure.legend(*calibration.get_legend_handles_labels(), loc="outside lower center", ncols=2,
-                  frameon=False, fontsize=9)  # fmt: skip
+    figure.legend(*calibration.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -165,7 +154,7 @@ def plot_difference(pair: dict, names: list[str], classes: list[str]) -> Figure:
     short = shorten([pair["first"], pair["second"]], 24)
     axes.set_xlabel(f"{short[0]} minus {short[1]}")
     which = "" if len(rows) == len(pair["per_class"]) else f", the {len(rows)} that differ most"
-    axes.set_title(f"Accuracy by true class{which}\n(lines: 95% intervals)", fontsize=11)
+    axes.set_title(f"Accuracy by true class{which}\n(lines: 95% intervals)")
     axes.grid(alpha=0.3, axis="x")
     if few:
         counts = np.array(pair["confusion_difference"])
@@ -177,9 +166,8 @@ def plot_difference(pair: dict, names: list[str], classes: list[str]) -> Figure:
             panels[1].text(j, i, text, ha="center", va="center", **look)
         name_axis(panels[1].xaxis, classes, tilt=True)
         name_axis(panels[1].yaxis, classes)
-        panels[1].set(xlabel="predicted", ylabel="true")
         title = f"Images: {short[0]} minus {short[1]}\n(on the diagonal they are right)"
-        panels[1].set_title(title, fontsize=11)
+        panels[1].set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
 
@@ -199,17 +187,15 @@ def plot_robustness(metrics: dict[str, dict]) -> Figure:
             changed = found["corruptions"].get(kind, found["shifts"][1:])
             y = [found["clean"], *changed]
             axes.plot(range(len(y)), y, "o-", markersize=3, color=f"C{color}", label=name)
-        axes.set_title(kind, fontsize=11)
-        axes.set_xlabel("pixels" if kind == "shift" else "severity")
+        axes.set(title=kind, xlabel="pixels" if kind == "shift" else "severity")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.3)
     panels[0].set_ylim(0, 1)
     for axes in panels[len(kinds) :]:
         axes.set_axis_off()
-    figure.suptitle(f"Accuracy on {first['images']:,} images, corrupted or shifted", fontsize=11)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(f"Accuracy on {first['images']:,} images, corrupted or shifted")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -231,7 +217,7 @@ def plot_examples(split: Split, classes: list[str]) -> Figure:
             axes.imshow(split.rows(where)[0][0].permute(1, 2, 0).numpy(), interpolation="nearest")
         else:
             axes.text(0.5, 0.5, "no images", ha="center", va="center")
-        axes.set_title(name, fontsize=11)
+        axes.set_title(name)
     return figure
 
 
@@ -254,5 +240,5 @@ def plot_counts(data: Data) -> Figure:
     axes.set_ylabel("images")
     axes.margins(x=0.5 / C, y=0.15)
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3)
     return figure

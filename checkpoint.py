@@ -70,9 +70,8 @@ def make_metadata(
 def check_metadata(metadata: dict, network: nn.Module) -> None:
     """Check before training that its checkpoints will load, as the network that is trained.
 
-    Raises:
-        UserError: a key is missing or wrong, or the metadata do not rebuild `network`, or its
-            intermediates are not as `models.py` describes them.
+    Raises UserError: a key is missing or wrong, or the metadata do not rebuild `network`, or its
+    intermediates are not as `models.py` describes them.
     """
     if wrong := wrong_key(metadata, METADATA):
         raise UserError(f"metadata[{wrong!r}] is missing or wrong: use checkpoint.make_metadata")
@@ -152,8 +151,7 @@ def self_test(network: nn.Module, metadata: dict) -> list[float]:
 def difference(computed: list[float], saved: list[float]) -> str:
     """How two lists of logits differ by more than 1% of the largest saved one; "" if they do not.
 
-    Raises:
-        ValueError: they are of different lengths.
+    Raises ValueError: they are of different lengths.
     """
     if len(computed) != len(saved):
         raise ValueError(f"{len(saved)} logits in its self-test, {len(computed)} of its network")
@@ -235,8 +233,7 @@ def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
 def check_finite(network: nn.Module, row: dict, settings) -> None:
     """Refuse to save an epoch whose loss or weights are no longer finite.
 
-    Raises:
-        UserError: they are not; the checkpoints of the epoch before are kept.
+    Raises UserError: they are not; the checkpoints of the epoch before are kept.
     """
     losses = [row["train_loss"], row["val_loss"] or 0.0]
     if all(map(math.isfinite, losses)) and all(p.isfinite().all() for p in network.parameters()):
@@ -255,8 +252,7 @@ def check_finite(network: nn.Module, row: dict, settings) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU. Nothing in the file is run (`weights_only=True`).
 
-    Raises:
-        UserError: no such file, damaged, or not a checkpoint of this project.
+    Raises UserError: no such file, damaged, or not a checkpoint of this project.
     """
     path = Path(path)
     if path.is_dir():
@@ -300,8 +296,7 @@ def load_model(
 
     `strict`: raise an error in place of the warning.
 
-    Raises:
-        UserError: as `load_checkpoint`, or the weights do not fit the network.
+    Raises UserError: as `load_checkpoint`, or the weights do not fit the network.
     """
     checkpoint = load_checkpoint(path)
     try:
@@ -332,8 +327,7 @@ def training_state(network, optimizer, scaler, ema) -> dict:
 def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple[int, dict, list]:
     """Load the training state of out_dir/last.pt; return its step, best epoch and history.
 
-    Raises:
-        UserError: it does not fit, as after a change of models.py or of the optimizer.
+    Raises UserError: it does not fit, as after a change of models.py or of the optimizer.
     """
     path, groups = Path(out_dir) / "last.pt", optimizer.param_groups
     try:

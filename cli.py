@@ -25,9 +25,6 @@ except ImportError:  # Windows: folders are not locked there
     fcntl = None
 
 
-RESULTS = ".results"  # a file in each --out-dir
-
-
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that shows defaults in `--help` and reports errors in one line."""
 
@@ -179,8 +176,7 @@ def warn(message: str) -> None:
 def writing(path: Path | str, *, needed: bool = True):
     """Name `path` if something in the block cannot be written, in place of an OSError.
 
-    Raises:
-        UserError: it is `needed`. Otherwise a warning is printed.
+    Raises UserError: it is `needed`. Otherwise a warning is printed.
     """
     try:
         yield
@@ -210,33 +206,29 @@ def refuse_inside(folder: Path, images: Path | None = None) -> None:
 def make_out_dir(folder: Path, images: Path | None = None, *, curves: bool = True) -> None:
     """Make `folder` and check that it is writable, before an hour of training is lost.
 
-    It is locked until the command ends, and marked, so that it is not read as images.
+    It is locked until the command ends; if it is new and still empty then, it is removed.
 
-    Raises:
-        UserError: it is a file, cannot be made or written, is in use, has an undecodable name, or
-            is in a folder data set (`images`, if it is not known from its cache).
+    Raises UserError: it is a file, cannot be made or written, is in use, has an undecodable name,
+    or is in a folder data set (`images`, if it is not known from its cache).
     """
     with naming("--out-dir"):
         refuse_inside(folder, images)
     if curves and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"--out-dir {folder}: TensorBoard needs a name in UTF-8: choose another")
     with writing(f"--out-dir {folder}"):
-        before = set(folder.iterdir()) if folder.is_dir() else None
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     if stack := _at_end.get(None):
-        stack.callback(_mark_results, folder, before)
+        if new:
+            stack.callback(_remove_empty, folder)
         stack.enter_context(locked(folder))
 
 
-def _mark_results(folder: Path, before: set[Path] | None) -> None:
-    """Mark a folder in which files have been written. Remove it if it is new and empty."""
-    with contextlib.suppress(OSError):
-        if set(folder.iterdir()) - (before or set()):
-            (folder / RESULTS).touch()
-        elif before is None:
-            folder.rmdir()
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # there is something in it
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -249,8 +241,7 @@ def locked(path: Path, *, wait: bool = False):
         path: a folder, or a file, which is made if it is not there.
         wait: wait for the other program.
 
-    Raises:
-        UserError: another program has it.
+    Raises UserError: another program has it.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -366,8 +357,7 @@ def add_device_flags(parser: argparse._ActionsContainer) -> None:
 def use_device(flags: argparse.Namespace) -> torch.device:
     """Set --threads, and return the device of --device.
 
-    Raises:
-        UserError: this machine has no such device.
+    Raises UserError: this machine has no such device.
     """
     if flags.threads:
         torch.set_num_threads(flags.threads)

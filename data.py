@@ -115,8 +115,7 @@ def load_data(
             `test/` alone, and fewer classes. Mean and std are NaN without training images.
         batch_size: how many training images are needed at least.
 
-    Raises:
-        UserError: the data are missing, cannot be read, or are too few to split.
+    Raises UserError: the data are missing, cannot be read, or are too few to split.
     """
     data_dir, notes, content, files, drawn = Path(data_dir), [], "", None, ("val",)
     if name == "cifar10":
@@ -170,9 +169,8 @@ def stratified_split(labels, indices, fraction, what, advice, classes, *, every=
 
     `every`: images of each class are needed in the second part.
 
-    Raises:
-        UserError: too few images. The message begins with `what`, ends with `advice`, and names the
-            smallest class.
+    Raises UserError: too few images. The message begins with `what`, ends with `advice`, and names
+    the smallest class.
     """
     from sklearn.model_selection import train_test_split  # takes seconds: not for --help
 
@@ -202,8 +200,7 @@ def stratified_split(labels, indices, fraction, what, advice, classes, *, every=
 def _folder_classes(root: Path, listing: Listing, classes: list[str] | None) -> list[str]:
     """`classes` or, if they are None, those of the training images.
 
-    Raises:
-        UserError: one class, or a split with a class that is not known.
+    Raises UserError: one class, or a split with a class that is not known.
     """
     names = {
         part: {listing.files[row].class_name for row in rows}

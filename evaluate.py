@@ -3,7 +3,7 @@
     python evaluate.py runs/cifar10-cnn/best.pt
     python evaluate.py runs/cifar10-cnn/best.pt runs/cifar10-vit/best.pt --robustness
 
-Prints a table and conclusions; writes into --out-dir, and to TensorBoard from there:
+Prints a table and conclusions; writes into --out-dir:
 
     report.html                all of it in one file, which opens anywhere
     metrics.json               the numbers of each checkpoint
@@ -14,44 +14,23 @@ Prints a table and conclusions; writes into --out-dir, and to TensorBoard from t
 """
 
 import hashlib
-import io
 import itertools
 import json
 import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import charts
+import cli
 import report
-from attribution import METHODS, methods_for
 from batches import CORRUPTIONS, corrupt, shifted
 from checkpoint import formula_image
-from cli import (
-    Parser,
-    UserError,
-    add_data_flags,
-    add_device_flags,
-    command,
-    file_name,
-    integer,
-    make_out_dir,
-    name_type,
-    path_type,
-    printable,
-    run,
-    use_device,
-    writing,
-)
 from data import Data, Split
-from examples import compute_columns, examples_of, plan_columns
-from figures import plot_explanations, shorten, with_plain_text
-from logs import markdown
+from examples import draw_explained
+from figures import in_our_style
 from metrics import METRICS, choose_mistakes, compare_all, fit_temperature, measure, probabilities
 from models import count_multiply_adds, count_parameters
 from prepare import TrainedModel, expand_patterns, load_data_for, load_models, same_images
@@ -63,18 +42,12 @@ MAX_DRAWN = 3  # pairs of checkpoints, and checkpoints with their mistakes, in f
 # ---------------------------------------------------------------- numbers
 
 
-def checksum(path: str) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def evaluate(model: TrainedModel, split: Split, val: Split | None, classes: list[str]):
     """Metrics of one model on a split, and its logits, NumPy (N, C).
 
     `val`: validation images to fit the temperature on, or None.
 
-    Raises:
-        UserError: a logit is not finite.
+    Raises UserError: a logit is not finite.
     """
     model.logits(split.subset(torch.arange(min(32, len(split)))), classes)  # the first is slow
     started = time.perf_counter()
@@ -87,8 +60,8 @@ def evaluate(model: TrainedModel, split: Split, val: Split | None, classes: list
         if val is not None:
             val_logits = model.logits(val, classes).numpy()
             T = fit_temperature(val_logits, val.labels[val.indices].numpy())
-    except UserError as error:
-        raise UserError(f"{model.path}: {error}") from None
+    except cli.UserError as error:
+        raise cli.UserError(f"{model.path}: {error}") from None
     if T is not None:
         p = probabilities(logits / T)
         scores = {name: float(METRICS[name].compute(p, labels)) for name in ("log_loss", "ece")}
@@ -102,7 +75,7 @@ def evaluate(model: TrainedModel, split: Split, val: Split | None, classes: list
         "parameters": count_parameters(model.network),
         "multiply_adds": count_multiply_adds(model.network, image.to(device)),
         "bytes": Path(model.path).stat().st_size,
-        "sha256": checksum(model.path),
+        "sha256": hashlib.sha256(Path(model.path).read_bytes()).hexdigest(),
         "epochs": len(history),
         "epoch": model.checkpoint["epoch"],
         "step": model.checkpoint["step"],
@@ -158,21 +131,6 @@ def recipe(model: TrainedModel) -> str:
     return json.dumps(shared, sort_keys=True)
 
 
-# ---------------------------------------------------------------- mistakes
-
-
-def draw_explained(models: list[TrainedModel], split: Split, rows: np.ndarray, classes: list[str]):
-    """The images, and each network's map of the class that it predicts, by its first method."""
-    examples, columns = examples_of(split, torch.from_numpy(rows), classes), []
-    for model in models[:MAX_DRAWN]:
-        methods, _ = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
-        method = next((name for name in methods if METHODS[name].takes_target), methods[0])
-        own = plan_columns(model, [method], [("predicted", None)], None)
-        compute_columns(model, own, examples)
-        columns += own
-    return plot_explanations(examples.pictures, None, shorten(examples.names), columns)[0]
-
-
 # ---------------------------------------------------------------- text and files
 
 
@@ -202,33 +160,13 @@ def print_table(metrics: dict[str, dict]) -> None:
 def write_files(out_dir: Path, files: dict[str, str | bytes]) -> None:
     """Write texts and pictures by their names; remove figures of an earlier evaluation."""
     sometimes = ("mistakes", "disagreements", "robustness", "difference", "difference-[123]")
-    with writing(out_dir):
+    with cli.writing(out_dir):
         for old in itertools.chain(*(out_dir.glob(f"{name}.png") for name in sometimes)):
             old.unlink()
     for name, content in files.items():
-        with writing(out_dir / name):
+        with cli.writing(out_dir / name):
             data = content if isinstance(content, bytes) else content.encode()
             (out_dir / name).write_bytes(data)
-
-
-def write_tensorboard(
-    out_dir: Path, pictures: dict, metrics: dict[str, dict], reports: list
-) -> None:
-    """The same figures and numbers for TensorBoard."""
-    with writing(out_dir):
-        for old in out_dir.glob("events.out.*.evaluation"):
-            old.unlink()
-        log = SummaryWriter(out_dir, filename_suffix=".evaluation")
-        step = max(row["step"] for row in metrics.values())
-        for name, picture in pictures.items():
-            pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
-            log.add_image(f"evaluation/{name}", pixels, step, dataformats="HWC")
-        keys = ("split", *METRICS, "parameters", "step")
-        rows = [(printable(name), *(row[key] for key in keys)) for name, row in metrics.items()]
-        log.add_text("evaluation/scores", markdown(["checkpoint", *keys], rows), step)
-        blocks = [f"```\n{text.replace('```', '')}\n```" for text in reports]
-        log.add_text("evaluation/classification report", "\n\n".join(blocks), step)
-        log.close()
 
 
 def draw(
@@ -252,7 +190,7 @@ def draw(
     figures["confidence"] = charts.plot_confidence(metrics)
     compared["shown"] = {}
     for kind, rows in choose_mistakes(p[:MAX_DRAWN], labels).items():
-        figures[kind] = draw_explained(models, split, rows, classes)
+        figures[kind] = draw_explained(models[:MAX_DRAWN], split, torch.from_numpy(rows), classes)
         compared["shown"][kind] = report.image_names(split, rows.tolist())
     if "robustness" in next(iter(metrics.values())):
         figures["robustness"] = charts.plot_robustness(metrics)
@@ -269,17 +207,17 @@ def draw(
 
 def parse_arguments(argv):
     """Read the command line."""
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", type=name_type, metavar="CHECKPOINT",
+    parser = cli.Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="+", type=cli.name_type, metavar="CHECKPOINT",
                         help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
-    add_data_flags(parser, from_checkpoint=True)
+    cli.add_data_flags(parser, from_checkpoint=True)
     add = parser.add_argument
     add("--split", choices=("test", "val"), default="test", help="which images")
     add("--robustness", action="store_true", help="also on corrupted and shifted images")
-    add("--robustness-images", type=integer(1), default=1000, metavar="N", help="how many")
-    add("--out-dir", type=path_type, metavar="DIR",
+    add("--robustness-images", type=cli.integer(1), default=1000, metavar="N", help="how many")
+    add("--out-dir", type=cli.path_type, metavar="DIR",
         help="for the results, in place of earlier ones (default: in runs/evaluation)")  # fmt: skip
-    add_device_flags(parser)
+    cli.add_device_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -296,16 +234,7 @@ def default_out_dir(args) -> Path:
     words = ["+".join(map(short, expand_patterns(args.checkpoints))), args.dataset]
     words += [args.data_dir and short(args.data_dir), args.split == "val" and "val"]
     words += [args.robustness and "robustness"]
-    return Path("runs/evaluation") / file_name("_".join(filter(None, words)), "")
-
-
-def refuse_copies(models: list[TrainedModel]) -> None:
-    """Raise UserError if two files are the same checkpoint."""
-    seen = {}
-    for model in models:
-        first = seen.setdefault(checksum(model.path), model.path)
-        if first != model.path:
-            raise UserError(f"{model.path} is a copy of {first}: name one of them")
+    return Path("runs/evaluation") / cli.file_name("_".join(filter(None, words)), "")
 
 
 def own_validation(model: TrainedModel, data: Data, args) -> Split | None:
@@ -314,29 +243,21 @@ def own_validation(model: TrainedModel, data: Data, args) -> Split | None:
     return data.val if same and len(data.val) and args.split == "test" else None
 
 
-@command
-@with_plain_text
+@cli.command
+@in_our_style
 def main(argv=None):
     # 1. Check.
     args = parse_arguments(argv)
-    models = load_models(args.checkpoints, use_device(args))
+    models = load_models(args.checkpoints, cli.use_device(args))
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
-    refuse_copies(models)
     args.out_dir = args.out_dir or default_out_dir(args)
-    make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None)
+    cli.make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
 
     # 2. Gather.
     data = load_data_for(models, args.dataset, args.data_dir, args.split)
     split = getattr(data, args.split)
-    if not len(split):
-        raise UserError(
-            f"--split {args.split}: there are no such images (with --val-fraction 0 there is no "
-            "validation); use the other split"
-        )
-    print(
-        f"{data.name}: {len(split):,} {args.split} images of {len(data.classes)} classes"
-        + (f"; {data.note}" if data.note else "")
-    )
+    note = f"; {cli.printable(data.note)}" if data.note else ""
+    print(f"{data.name}: {len(split):,} {args.split} images of {len(data.classes)} classes{note}")
 
     # 3. Compute.
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
@@ -373,9 +294,8 @@ def main(argv=None):
     write_files(args.out_dir, files)
     print_table(metrics)
     print("", *report.summary(metrics, compared), "", sep="\n")
-    write_tensorboard(args.out_dir, pictures, metrics, reports)
     print(f"written to {args.out_dir}: {', '.join(files)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

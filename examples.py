@@ -1,4 +1,4 @@
-"""The images to explain, of a test split or photographs, and columns of their maps."""
+"""The images to explain, of a test split or photographs; columns of their maps; a figure."""
 
 import dataclasses
 import sys
@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from attribution import METHODS, Method, forward_pass, weights_of
+import figures
+from attribution import METHODS, Method, forward_pass, methods_for, weights_of
 from cli import UserError, printable, warn
 from data import Data, Split
 from figures import RIGHT, SCALES, WRONG, shorten
@@ -41,8 +42,7 @@ def choose_test_images(models: list[TrainedModel], data: Data, show: str, count:
 
     "any"; "correct": all the models are right; "wrong": at least one of them is wrong.
 
-    Raises:
-        UserError: there is no such image.
+    Raises UserError: there is no such image.
     """
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     chosen = order if show == "any" else order[:0]  # "any" needs no search
@@ -63,7 +63,7 @@ def choose_test_images(models: list[TrainedModel], data: Data, show: str, count:
 
 def examples_of(split: Split, rows: torch.Tensor, classes: list[str]) -> Examples:
     """The images at positions `rows` of a split."""
-    images, labels = split.rows(rows)
+    images, labels = (part.cpu() for part in split.rows(rows))
     names = [classes[label] for label in labels]
     if split.files:
         descriptions = [printable(split.files[row]) for row in split.indices[rows]]
@@ -249,3 +249,20 @@ def without_repeats(columns: list[Column]) -> list[Column]:
         else:
             kept.append(column)
     return kept
+
+
+# ---------------------------------------------------------------- a picture
+
+
+def draw_explained(
+    models: list[TrainedModel], split: Split, rows: torch.Tensor, classes: list[str]
+):
+    """The images at `rows`, and each network's map of the class that it predicts."""
+    examples, columns = examples_of(split, rows, classes), []
+    for model in models:
+        methods, _ = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
+        method = next((name for name in methods if METHODS[name].takes_target), methods[0])
+        own = plan_columns(model, [method], [("predicted", None)], None)
+        compute_columns(model, own, examples)
+        columns += own
+    return figures.plot_explanations(examples.pictures, None, shorten(examples.names), columns)[0]

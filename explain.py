@@ -25,26 +25,9 @@ import torch
 from PIL import Image
 
 import attribution
+import cli
 import figures
 from attribution import METHODS
-from cli import (
-    Parser,
-    UserError,
-    add_data_flags,
-    add_device_flags,
-    command,
-    composed,
-    file_name,
-    integer,
-    make_out_dir,
-    name_type,
-    path_type,
-    printable,
-    quoted,
-    run,
-    use_device,
-    writing,
-)
 from data import Split
 from examples import (
     MAX_PICTURES,
@@ -68,16 +51,16 @@ MAX_ROWS = 8  # images in the figure of layers
 
 def parse_arguments(argv) -> argparse.Namespace:
     """Read the command line. Combinations that make no sense end in one line."""
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="*", type=name_type, metavar="CHECKPOINT",
+    parser = cli.Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="*", type=cli.name_type, metavar="CHECKPOINT",
                         help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
     add = parser.add_argument_group("your own images").add_argument
-    add("--images", nargs="+", type=name_type, metavar="FILE", help="instead of test images")
-    add_data_flags(parser, from_checkpoint=True)
+    add("--images", nargs="+", type=cli.name_type, metavar="FILE", help="instead of test images")
+    cli.add_data_flags(parser, from_checkpoint=True)
     add = parser.add_argument_group("test images").add_argument
     add("--show", choices=("any", "correct", "wrong"),
         help="wrong: at least one checkpoint is wrong (default: any)")  # fmt: skip
-    add("--count", type=integer(1), metavar="N", help="how many test images (default: 8)")
+    add("--count", type=cli.integer(1), metavar="N", help="how many test images (default: 8)")
     add = parser.add_argument_group("explanations").add_argument
     add("--method", nargs="+", choices=METHODS, metavar="NAME",
         help=f"{', '.join(METHODS)} (default: grad-cam; for a ViT attention and relevance; for "
@@ -87,13 +70,13 @@ def parse_arguments(argv) -> argparse.Namespace:
              "--show wrong also true, and the difference of the two)")  # fmt: skip
     add("--versus", metavar="CLASS",
         help="subtract this class's logit: a name, predicted, or true")  # fmt: skip
-    add("--layer", type=integer(1), metavar="N",
+    add("--layer", type=cli.integer(1), metavar="N",
         help="a CNN's stage or a ViT's block (default: the last)")  # fmt: skip
     add("--save-maps", action="store_true", help="also write the maps as .npz")
     add("--no-figures", action="store_true", help="draw nothing")
     parser.add_argument("--out-dir", default=Path("runs/explanations"),
-                        type=path_type, metavar="DIR", help="for the figures")  # fmt: skip
-    add_device_flags(parser)
+                        type=cli.path_type, metavar="DIR", help="for the figures")  # fmt: skip
+    cli.add_device_flags(parser)
     args = parser.parse_args(argv)
 
     if not args.checkpoints:
@@ -108,8 +91,8 @@ def parse_arguments(argv) -> argparse.Namespace:
             parser.error(f"--{flag} is for {', '.join(able)}: add one, or omit --{flag}")
     args.contrast_wrong = args.show == "wrong" and not (args.target or args.versus)
     default = ["predicted", "true"] if args.contrast_wrong else ["predicted"]
-    args.target = list(dict.fromkeys(map(composed, args.target or default)))
-    args.versus = args.versus and composed(args.versus)
+    args.target = list(dict.fromkeys(map(cli.composed, args.target or default)))
+    args.versus = args.versus and cli.composed(args.versus)
     if args.versus in args.target:
         parser.error(f"--versus {args.versus}: that is the --target; choose two classes")
     if args.images and "true" in (*args.target, args.versus):
@@ -121,8 +104,7 @@ def parse_arguments(argv) -> argparse.Namespace:
 def choose_methods(models: list[TrainedModel], args) -> dict[str, list[str]]:
     """The methods to use for each model, by its name.
 
-    Raises:
-        UserError: none of --method is possible, --layer is not there, or a class is unknown.
+    Raises UserError: none of --method is possible, --layer is not there, or a class is unknown.
     """
     methods, problems = {}, []
     for model in models:
@@ -133,7 +115,7 @@ def choose_methods(models: list[TrainedModel], args) -> dict[str, list[str]]:
         for name in args.method or METHODS:
             if "layers" in reasons.get(name, ""):
                 problem = f"{model.name} {reasons[name]}; use a lower one"
-                raise UserError(f"--layer {args.layer}: {problem}")
+                raise cli.UserError(f"--layer {args.layer}: {problem}")
             if args.method and name in reasons:
                 print(f"{name}: {model.name} {reasons[name]}")
         possible = ", ".join(name for name in METHODS if name not in reasons)
@@ -141,20 +123,22 @@ def choose_methods(models: list[TrainedModel], args) -> dict[str, list[str]]:
             (n, f"{model.name} {reasons[n]}; use {possible}") for n in wanted if n in reasons
         ]
     if not any(methods.values()):
-        raise UserError("--method {}: {}".format(*problems[0]))
+        raise cli.UserError("--method {}: {}".format(*problems[0]))
     used = {name for names in methods.values() for name in names}
     if args.layer and not any(METHODS[name].takes_layer for name in used):
-        raise UserError(
+        raise cli.UserError(
             f"--layer {args.layer}: {', '.join(sorted(used))} has no choice of layers; omit it"
         )
     classes = models[0].checkpoint["classes"]
     for flag, target in (*(("target", target) for target in args.target), ("versus", args.versus)):
         special = ["predicted", "true"] + (["all"] if flag == "target" else [None])
         if target not in (*special, *classes):
-            raise UserError(f"--{flag} {target}: the {len(classes)} classes are {quoted(classes)}")
+            raise cli.UserError(
+                f"--{flag} {target}: the {len(classes)} classes are {cli.quoted(classes)}"
+            )
     if "all" in args.target:
         if {"all", "predicted", "true"} & set(classes):
-            raise UserError(
+            raise cli.UserError(
                 "--target all: a class is named all, predicted or true; name the classes"
             )
         every = [name for name in classes if name != args.versus]
@@ -217,7 +201,7 @@ def draw(models: list[TrainedModel], examples: Examples, columns: list[Column], 
     stem = "+".join(model.name for model in models) + f"_explanations-{kind}"
     pages = figures.plot_explanations(pictures, inputs, names, columns[:MAX_MAPS])
     numbers = [f"-{page}" for page in range(1, 1 + len(pages))] if len(pages) > 1 else [""]
-    found = {file_name(stem + n, ".png"): page for n, page in zip(numbers, pages, strict=True)}
+    found = {cli.file_name(stem + n, ".png"): page for n, page in zip(numbers, pages, strict=True)}
     for model in models:
         if any((column.model, column.name) == (model.name, "attention") for column in columns):
             found |= draw_attention(model, pictures, names, drawn, kind)
@@ -263,13 +247,13 @@ def draw_attention(model: TrainedModel, pictures, names, drawn: Split, kind: str
         "statistics": figures.plot_statistics(tables, similarity, mean),
     }  # fmt: skip
     return {
-        file_name(f"{model.name}_attention-{key}-{kind}", ".png"): f for key, f in found.items()
+        cli.file_name(f"{model.name}_attention-{key}-{kind}", ".png"): f for key, f in found.items()
     }
 
 
 def overlays(examples: Examples, columns: list[Column]):
     """Each map laid over each photograph, as (file name, picture)."""
-    stems = [printable(file.stem) for file in examples.files]
+    stems = [cli.printable(file.stem) for file in examples.files]
     names = {f"{stem}_{column.key}" for stem in stems for column in columns}
     repeated = len(names) < len(stems) * len(columns)  # such as a/cat.jpg b/cat.jpg
     for i, file in enumerate(examples.files):  # read again: so many might not fit into memory
@@ -279,18 +263,18 @@ def overlays(examples: Examples, columns: list[Column]):
             picture = figures.overlay(
                 photo, column.maps[i], SCALES[column.method.scale], column.norm(i)
             )
-            yield file_name(f"{name}_{column.key}", ".png"), Image.fromarray(picture)
+            yield cli.file_name(f"{name}_{column.key}", ".png"), Image.fromarray(picture)
 
 
-@command
-@figures.with_plain_text
+@cli.command
+@figures.in_our_style
 def main(argv=None):
     # 1. Check.
     args = parse_arguments(argv)
-    models = load_models(args.checkpoints, use_device(args))
+    models = load_models(args.checkpoints, cli.use_device(args))
     methods = choose_methods(models, args)
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
-    make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
+    cli.make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
 
     # 2. Gather the images: photographs, or some of the test split.
     if args.images:
@@ -298,7 +282,7 @@ def main(argv=None):
     else:
         kind, data = args.show or "any", load_data_for(models, args.dataset, args.data_dir)
         if data.note:
-            print(f"{data.name}: {printable(data.note)}")
+            print(f"{data.name}: {cli.printable(data.note)}")
         examples = choose_test_images(models, data, kind, args.count or 8)
 
     # 3. Compute the maps: a column for each model, method and target.
@@ -321,18 +305,18 @@ def main(argv=None):
     written = []
     for name, figure in drawn.items():
         written.append(name)
-        with writing(args.out_dir / name):
+        with cli.writing(args.out_dir / name):
             figure.savefig(args.out_dir / name, dpi=110)
     for name, picture in overlays(examples, shown):
         written.append(name)
-        with writing(args.out_dir / name):
+        with cli.writing(args.out_dir / name):
             picture.save(args.out_dir / name)
     if args.save_maps:
-        written.append(file_name("+".join(m.name for m in models) + f"_maps-{kind}", ".npz"))
+        written.append(cli.file_name("+".join(m.name for m in models) + f"_maps-{kind}", ".npz"))
         maps = {column.key: column.maps.numpy() for column in columns}
         known = {"labels": examples.split.labels, "indices": examples.test_rows}
         known["predictions"] = np.stack(list(predictions.values()))
-        with writing(args.out_dir / written[-1]):
+        with cli.writing(args.out_dir / written[-1]):
             np.savez(args.out_dir / written[-1], **maps, **known)
     more = f", ... ({len(written)} files)" if len(written) > 10 else ""
     if written:
@@ -342,4 +326,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
+import cli
 from attribution import (
     GRID,
     METHODS,
@@ -36,23 +37,8 @@ from attribution import (
     weights_of,
 )
 from batches import batch_size_without_training
-from cli import (
-    Parser,
-    UserError,
-    add_data_flags,
-    add_device_flags,
-    command,
-    file_name,
-    integer,
-    make_out_dir,
-    name_type,
-    path_type,
-    run,
-    use_device,
-    writing,
-)
 from evaluate import table
-from figures import plot_faithfulness, with_plain_text
+from figures import in_our_style, plot_faithfulness
 from metrics import interval
 from models import build_model
 from prepare import TrainedModel, load_data_for, load_models
@@ -99,11 +85,10 @@ class Hiding:
         goal: (B,), the output to watch.
         fill: what hidden cells get: "mean" (0, the mean colour of the data set), "blur" (the image
             blurred by a Gaussian of an eighth of its side) or "dropped": patches are left out.
-        bar: a progress bar, updated at each call; or None.
     """
 
-    def __init__(self, model, images, goal, fill: str, bar=None):
-        self.model, self.images, self.goal, self.fill, self.bar = model, images, goal, fill, bar
+    def __init__(self, model, images, goal, fill: str):
+        self.model, self.images, self.goal, self.fill = model, images, goal, fill
         size = images.shape[-1]
         self.filling = torch.zeros_like(images)
         if fill == "blur":
@@ -127,8 +112,6 @@ class Hiding:
                 part = F.interpolate(part.view(-1, 1, SIDE, SIDE), images.shape[2:])  # nearest
                 logits = self.model(images * part + self.filling[rows] * (1 - part))
             found.append(logits.float().softmax(1).gather(1, self.goal[rows, None])[:, 0])
-        if self.bar is not None:
-            self.bar.update()
         return torch.cat(found).cpu()
 
 
@@ -236,16 +219,16 @@ def measure(model: TrainedModel, split, methods: list[str]) -> tuple[dict, dict]
         if first != name:
             print(f"{model.name}: {name} ranks all cells as {first} does; it is scored once")
             del orders[name]
-    fills, scores = fills_for(model), {}
-    total = len(fills) * (2 + 30 * RANDOM_ORDERS + 45 * len(orders))  # passes of all images
-    with tqdm(total=total, desc=model.name, leave=False, disable=None) as bar:
-        for fill in fills:
-            hiding = Hiding(model.network, images, goals, fill, bar)
-            curves = [curves_of(order, hiding) for order in references]
-            chance = {key: sum(c[key] for c in curves) / RANDOM_ORDERS for key in curves[0]}
-            scores[fill] = {"chance": {"curves": chance}}
-            for name, order in orders.items():
-                scores[fill][name] = score(maps[name], order, hiding, chance)
+    scores = {}
+    for fill in fills_for(model):
+        hiding = Hiding(model.network, images, goals, fill)
+        title = f"{model.name}, {fill}"
+        orders_at_random = tqdm(references, f"{title}, chance", leave=False, disable=None)
+        curves = [curves_of(order, hiding) for order in orders_at_random]
+        chance = {key: sum(c[key] for c in curves) / RANDOM_ORDERS for key in curves[0]}
+        scores[fill] = {"chance": {"curves": chance}}
+        for name, order in tqdm(orders.items(), title, leave=False, disable=None):
+            scores[fill][name] = score(maps[name], order, hiding, chance)
     return scores, maps
 
 
@@ -331,12 +314,12 @@ def print_sanity(name: str, found: dict[str, dict[str, float]]) -> None:
     print(table([["", "random weights", "another image"], *rows]))
 
 
-@command
-@with_plain_text
+@cli.command
+@in_our_style
 def main(argv=None):
     # 1. Check.
     args = parse_arguments(argv)
-    models = load_models(args.checkpoints, use_device(args))
+    models = load_models(args.checkpoints, cli.use_device(args))
     methods = {}
     for model in models:
         _, reasons = methods_for(model.network, model.checkpoint["dataset"]["image_size"])
@@ -345,19 +328,19 @@ def main(argv=None):
         for name in [n for n in args.method or () if n in reasons]:
             problem = f"{name}: {model.name} {reasons[name]}"
             if not methods[model.name]:
-                raise UserError(f"--method {problem}; use {', '.join(possible)}")
+                raise cli.UserError(f"--method {problem}; use {', '.join(possible)}")
             print(problem)
     dataset = args.dataset or models[0].checkpoint["dataset"]["name"]
-    make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
+    cli.make_out_dir(args.out_dir, args.data_dir if dataset == "folder" else None, curves=False)
 
     # 2. Gather: the same random images for all models.
     data = load_data_for(models, args.dataset, args.data_dir, args.split)
     split = getattr(data, args.split)
     if len(split) < 2:
-        raise UserError(f"--split {args.split}: there are fewer than two images; use the other one")
+        raise cli.UserError(f"--split {args.split}: there is one image; two are needed")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     split = split.subset(order[: args.count])
-    note = f"; {data.note}" if data.note else ""
+    note = f"; {cli.printable(data.note)}" if data.note else ""
     print(f"{data.name}: {len(split)} of {len(order):,} {args.split} images{note}")
 
     # 3. Measure, write and print, one network after the other.
@@ -368,10 +351,10 @@ def main(argv=None):
         summary, curves = summarise(scores), mean_curves(scores)
         sanity = check_sanity(model, split, maps)
         results[model.path] = {"scores": summary, **sanity, "curves": curves}
-        with writing(file):
+        with cli.writing(file):
             file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        picture = args.out_dir / file_name(f"{model.name}_faithfulness", ".png")
-        with writing(picture):
+        picture = args.out_dir / cli.file_name(f"{model.name}_faithfulness", ".png")
+        with cli.writing(picture):
             title = f"{model.name}, {len(split)} {args.split} images"
             plot_faithfulness(curves, title).savefig(picture, dpi=110)
         print_scores(model.name, scores, summary)
@@ -381,20 +364,20 @@ def main(argv=None):
 
 def parse_arguments(argv) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", type=name_type, metavar="CHECKPOINT",
+    parser = cli.Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="+", type=cli.name_type, metavar="CHECKPOINT",
                         help="files that train_cnn.py or train_vit.py wrote")  # fmt: skip
-    add_data_flags(parser, from_checkpoint=True)
+    cli.add_data_flags(parser, from_checkpoint=True)
     add = parser.add_argument
     add("--split", choices=("test", "val"), default="test", help="which images")
-    add("--count", type=integer(2), default=100, metavar="N", help="how many images")
+    add("--count", type=cli.integer(2), default=100, metavar="N", help="how many images")
     add("--method", nargs="+", choices=METHODS, metavar="NAME",
         help=f"{', '.join(METHODS)} (default: all that the network allows)")  # fmt: skip
-    add("--out-dir", type=path_type, default=Path("runs/faithfulness"), metavar="DIR",
+    add("--out-dir", type=cli.path_type, default=Path("runs/faithfulness"), metavar="DIR",
         help="for the results; earlier ones are replaced")  # fmt: skip
-    add_device_flags(parser)
+    cli.add_device_flags(parser)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -39,10 +39,11 @@ with without_backend():
 MAX_BARS, MAX_NAMES = 25, 100  # classes: with numbers, with a name
 MAX_LAYERS, MAX_HEADS = 24, 16  # of attention
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Hiragino Sans")
-# A decorator for commands that draw: a $ in a name is a $, and names may be Chinese or Japanese.
-with_plain_text = matplotlib.rc_context({
+# A decorator for functions that draw. A $ in a name is a $, and names may be Chinese or Japanese.
+in_our_style = matplotlib.rc_context({
     "text.parse_math": False,
     "font.family": [name for name in FONTS if name in matplotlib.font_manager.get_font_names()],
+    "axes.titlesize": 11, "figure.titlesize": 11, "legend.fontsize": 9, "legend.frameon": False,
 })  # fmt: skip
 
 
@@ -212,20 +213,19 @@ def plot_attention(pictures, names, maps, beside, above, title: str) -> Figure:
     """
     (R, M), scale = maps.shape[:2], SCALES["uniform"]
     figure = Figure(figsize=(1.6 * (M + 1) + 0.8, 1.6 * R + 0.8), layout="compressed")
-    figure.suptitle(title, weight="bold", fontsize=11)
+    figure.suptitle(title, weight="bold")
     figure.supxlabel(textwrap.fill(scale.says, 23 * (M + 1)), fontsize=9)
     grid, norm = figure.subplots(R, M + 1, squeeze=False), scale.norm(maps.flatten(0, 1))
     for axes in grid[:, 0]:
         axes.set_axis_off()
     for axes, picture, name in zip(grid[:, 0], pictures, names, strict=False):
         axes.imshow(picture, interpolation="nearest")
-        axes.set_title(name, fontsize=10)
+        axes.set_title(name)
     for i, j in itertools.product(range(R), range(M)):
         axes = grid[i, 1 + j]
-        axes.set(xticks=[], yticks=[])
         drawn = axes.imshow(maps[i, j].numpy(), cmap=scale.colors, norm=norm)
-        axes.set_title(above[j] if i == 0 else "", fontsize=10)
-        axes.set_ylabel(beside[i] if j == 0 else "", fontsize=10)
+        heading, label = "" if i else above[j], "" if j else beside[i]
+        axes.set(xticks=[], yticks=[], title=heading, ylabel=label)
     _color_bar(drawn, "times uniform", ax=grid, shrink=min(1, 3 / R))
     return figure
 
@@ -239,13 +239,12 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
     count = len(tables) + (similarity is not None)
     L, heads = next(iter(tables.values()))[0].shape
     figure = Figure(figsize=(4.2 * count, max(3.6, 0.35 * L + 1.6)), layout="constrained")
-    figure.suptitle(f"{title}. It does not tell why a class was chosen.", fontsize=11)
+    figure.suptitle(f"{title}. It does not tell why a class was chosen.")
     panels = figure.subplots(1, count)
     for axes, (name, (values, uniform)) in zip(panels, tables.items(), strict=False):
         most = max(uniform, values.max().item())
         axes.imshow(values.numpy(), cmap="Purples", vmin=0, vmax=most, aspect="auto")
-        axes.set(xlabel="head", ylabel="layer")
-        axes.set_title(f"{name} (uniform: {uniform:.1f})", fontsize=10)
+        axes.set(xlabel="head", ylabel="layer", title=f"{name} (uniform: {uniform:.1f})")
         name_axis(axes.xaxis, [str(1 + head) for head in range(heads)])
         name_axis(axes.yaxis, [str(1 + l) for l in range(L)])
         for l, head in itertools.product(range(L), range(heads)) if heads <= MAX_HEADS else ():
@@ -257,8 +256,7 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
         gaps = F.pad(similarity, (0, 1, 0, 1), value=torch.nan)  # between the small maps
         picture = gaps.permute(0, 2, 1, 3).reshape(side * (side + 1), -1)[:-1, :-1]
         drawn = axes.imshow(picture.numpy(), cmap=colors, interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        axes.set_title("position embeddings, each against all", fontsize=10)
+        axes.set(xticks=[], yticks=[], title="position embeddings, each against all")
         _color_bar(drawn, "cosine similarity", ax=axes)
     return figure
 
@@ -267,7 +265,7 @@ def plot_faithfulness(curves: dict, title: str) -> Figure:
     """Deletion and insertion: {fill: {method: {"deletion": (n,), "insertion": (n,)}}}."""
     figure = Figure(figsize=(10, 3.3 * len(curves) + 0.8), layout="constrained")
     note = "Compare with chance (the mean of random orders), not across networks or fillings."
-    figure.suptitle(f"{title}: probability of the predicted class\n{note}", fontsize=10)
+    figure.suptitle(f"{title}: probability of the predicted class\n{note}")
     grid = figure.subplots(len(curves), 2, sharex=True, sharey=True, squeeze=False)
     for row, (fill, methods) in zip(grid, curves.items(), strict=True):
         for axes, kind in zip(row, ("deletion", "insertion"), strict=True):
@@ -278,10 +276,9 @@ def plot_faithfulness(curves: dict, title: str) -> Figure:
                     look = {"color": "0.8", "linewidth": 6}
                 axes.plot(np.linspace(0, 100, len(values[kind])), values[kind], label=name, **look)
             axes.grid(alpha=0.3)
-            axes.set_title(f"{kind}, hidden parts: {fill}", fontsize=10)
+            axes.set_title(f"{kind}, hidden parts: {fill}")
     grid[0, 0].set_ylim(0, 1)
     for axes, what in zip(grid[-1], ("hidden", "shown"), strict=True):
         axes.set_xlabel(f"% of the image {what}, highest values first")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from cli import RESULTS, UserError, composed, locked, naming, printable, quoted, warn, writing
+from cli import UserError, composed, locked, naming, printable, quoted, warn, writing
 
 SPLITS = {  # names of the folders of a split
     "train": ("train", "training"),
@@ -34,6 +34,8 @@ BITS, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE_FORMAT = 258, 262, 277, 284, 339  # t
 # What Pillow raises for damaged files and metadata: found by damaging half a million.
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, EOFError, struct.error)
 DAMAGED += (Image.DecompressionBombError,)
+
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # some editors write texts of megabytes
 
 
 class BadImageError(UserError):
@@ -151,8 +153,6 @@ def _images(directory: Path, part: str, skipped: collections.Counter) -> list[Im
         raise UserError(
             f"{directory.parent}: the folder name {directory.name!r} cannot be printed; rename it"
         )
-    if (directory / RESULTS).exists():
-        raise UserError(f"{directory} holds results of these scripts: move it elsewhere")
     class_name, found, others = composed(directory.name), [], collections.Counter()
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: composed(entry.name)):
@@ -190,8 +190,7 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
     Returns:
         (images uint8 (M, 3, size, size), memory-mapped; a hash of the files' names and content).
 
-    Raises:
-        UserError: files cannot be read, or the cache cannot be written or is damaged.
+    Raises UserError: files cannot be read, or the cache cannot be written or is damaged.
     """
     stamps = digest_of(f"{file.name} {file.stamp}" for file in listing.files)
     name, shape = f".cache-{size}-{stamps}.bin", (len(listing.files), 3, size, size)
@@ -293,10 +292,7 @@ def read_image(path, size: int | None = None, remarks: list[str] | None = None) 
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)  # such as "Corrupt EXIF data"
             data = Path(path).read_bytes()
-            try:
-                image, found = _load(data)
-            except DAMAGED:
-                image, found = _load(_critical_chunks(data))  # its pixels count, not its metadata
+            image, found = _load(data)
     except DAMAGED as error:
         raise BadImageError(f"{path}: {_reason(error, data)}") from None
     found += [str(warning.message) for warning in caught]
@@ -349,24 +345,10 @@ def _load(data: bytes) -> tuple[Image.Image, list[str]]:
     return image, found
 
 
-def _critical_chunks(data: bytes) -> bytes:
-    """A PNG file without its optional parts, such as texts; any other file as it is."""
-    if not data.startswith(b"\x89PNG"):
-        return data
-    kept, at = data[:8], 8
-    while at < len(data):
-        length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
-        end = at + 12 + length
-        kept += data[at:end] if kind[:1].isupper() or kind == b"tRNS" else b""
-        at = end
-    return kept
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: 16 bits become 8, transparent pixels are laid over white.
 
-    Raises:
-        ValueError: the range of its values is unknown.
+    Raises ValueError: the range of its values is unknown.
     """
     tags, info = dict(getattr(image, "tag_v2", {})), image.info
     kinds, bits = tags.get(SAMPLE_FORMAT, ()), max(tags.get(BITS, (16,)))

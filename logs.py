@@ -57,8 +57,7 @@ def open_logs(settings, step: int, metadata: dict, network: nn.Module):
     Returns:
         (`Logs` or None, the event files of a run that --overwrite replaces).
 
-    Raises:
-        UserError: there is another run in the folder, or it cannot be written.
+    Raises UserError: there is another run in the folder, or it cannot be written.
     """
     last = Path(settings.out_dir, "last.pt")
     if step == 0 and not settings.overwrite and last.exists():
@@ -172,7 +171,7 @@ class Pictures:
     """Pictures for TensorBoard, after epochs 1, 2, 4, 8, ... and the last. `train` calls it.
 
     The first augmented images; eight validation images, explained, the same each time; the
-    confusion matrix of validation and its four most confident mistakes. After every epoch also the
+    confusion matrix of validation and its most confident mistakes. After every epoch also the
     validation accuracy of each class. No random state is changed.
 
     Args:
@@ -187,28 +186,23 @@ class Pictures:
         self.metadata, self.settings = metadata, settings
 
     def __call__(self, logs: Logs | None, row: dict, network: nn.Module, outputs) -> None:
-        """Draw.
-
-        Args:
-            logs: the writers.
-            row: of the history.
-            network: whose validation the row has.
-            outputs: (logits (N, C), labels (N,)) of validation, or None.
-        """
+        """Draw. `row`: of the history; `outputs`: (logits (N, C), labels (N,)) of validation."""
         epoch, step = row["epoch"], row["step"]
-        if logs is not None and outputs is not None:
+        if logs is None:
+            return
+        if outputs is not None:
             with writing(logs.val.log_dir, needed=False):
                 for name, accuracy in self.class_accuracies(*outputs).items():
                     logs.val.add_scalar(f"validation accuracy/{name}", accuracy, step)
-        if logs is None or (epoch & (epoch - 1) and epoch != self.settings.epochs):
+        if epoch & (epoch - 1) and epoch != self.settings.epochs:
             return
         with writing(logs.train.log_dir, needed=False):
-            logs.train.add_image(
-                "pictures/augmented", self.augmented(epoch), step, dataformats="HWC"
-            )
+            pixels = self.augmented(epoch)
+            logs.train.add_image("pictures/augmented", pixels, step, dataformats="HWC")
             if outputs is not None:
-                for name, figure in self.figures(network, *(a.cpu() for a in outputs)).items():
-                    logs.val.add_figure(f"pictures/{name}", figure, step)
+                from figures import in_our_style  # takes seconds to import: no decorator
+
+                in_our_style(self.add_figures)(logs.val, step, network, *outputs)
             logs.train.flush()
             logs.val.flush()
 
@@ -232,42 +226,23 @@ class Pictures:
         large = pixels.repeat_interleave(4, 2).repeat_interleave(4, 3)
         return make_grid(large, nrow=4, pad_value=255).permute(1, 2, 0).numpy()
 
-    def figures(self, network: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> dict:
-        """Explanations, confusion matrix and mistakes, as matplotlib's figures by name."""
-        import charts  # these take seconds to import
-        import figures
-        from attribution import METHODS, methods_for
-        from examples import Column, Examples, compute_columns
+    def add_figures(self, log, step: int, network: nn.Module, logits, labels) -> None:
+        """Explanations, mistakes and the confusion matrix, from validation's logits and labels."""
+        from charts import plot_confusion  # these take seconds to import
+        from examples import draw_explained
+        from metrics import choose_mistakes, measure, probabilities
         from prepare import TrainedModel
 
-        split, classes = getattr(self.val_batches, "split", None), self.metadata["classes"]
-        name = self.metadata["model_name"]
-        methods, _ = methods_for(network, self.metadata["dataset"]["image_size"])
-
-        def explained(rows):
-            images, truth = (tensor.cpu() for tensor in split.rows(rows))
-            drawn = list(images.permute(0, 2, 3, 1).numpy())
-            names = [f"true: {label}" for label in figures.shorten([classes[i] for i in truth], 14)]
-            examples = Examples(split.of(images, truth), rows, classes, drawn, names, names)
-            target = "predicted" if METHODS[methods[0]].takes_target else None
-            column = Column(name, methods[0], target)
-            compute_columns(TrainedModel(name, "", network, self.metadata), [column], examples)
-            return figures.plot_explanations(drawn, None, names, [column])[0]
-
-        probability, guess = logits.softmax(1).max(1)
-        wrong = guess != labels
-        surest = (probability * wrong).argsort(descending=True)[: min(4, int(wrong.sum()))]
-        counts = torch.bincount(labels * len(classes) + guess, minlength=len(classes) ** 2)
-        scores = {
-            "confusion_matrix": counts.view(len(classes), -1).tolist(),
-            "accuracy": 1 - wrong.sum().item() / len(labels),
-            "images": len(labels),
-        }
-        found, rows = {}, torch.linspace(0, len(labels) - 1, min(8, len(labels))).long()
-        if split is not None:
-            found["explained"] = explained(rows)
-        if split is not None and len(surest):
-            found["most confident mistakes"] = explained(surest)
-        return found | {
-            "confusion": charts.plot_confusion({f"{name}, validation": scores}, classes)
-        }
+        name, classes = self.metadata["model_name"], self.metadata["classes"]
+        logits, labels = logits.cpu().numpy(), labels.cpu().numpy()
+        if split := getattr(self.val_batches, "split", None):
+            found = choose_mistakes([probabilities(logits)], labels)
+            rows = {"explained": np.linspace(0, len(labels) - 1, min(8, len(labels))).astype(int)}
+            if "mistakes" in found:
+                rows["most confident mistakes"] = found["mistakes"]
+            model = TrainedModel(name, "", network, self.metadata)
+            for title, chosen in rows.items():
+                figure = draw_explained([model], split, torch.from_numpy(chosen), classes)
+                log.add_figure(f"pictures/{title}", figure, step)
+        scores = {f"{name}, validation": measure(logits, labels, classes)}
+        log.add_figure("pictures/confusion", plot_confusion(scores, classes), step)

@@ -115,8 +115,7 @@ METRICS = {
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Logits (N, C) -> probabilities, float64, none of them exactly 0.
 
-    Raises:
-        UserError: a logit is not finite.
+    Raises UserError: a logit is not finite.
     """
     if not np.isfinite(logits).all():
         bad = (~np.isfinite(logits)).any(1).sum()
@@ -131,8 +130,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict:
     undefined for a class, as the recall without images, is None. `coverage` has the accuracy of the
     most confident 5%, 10%, ..., 100% of the images.
 
-    Raises:
-        UserError: a logit is not finite.
+    Raises UserError: a logit is not finite.
     """
     p, ids = probabilities(logits), range(len(classes))
     predictions, N = p.argmax(1), len(labels)
@@ -176,8 +174,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
 
     None if there is none: all predictions are right, so T would be 0, or T is outside of the range.
 
-    Raises:
-        UserError: a logit is not finite.
+    Raises UserError: a logit is not finite.
     """
     if (probabilities(logits).argmax(1) == labels).all():
         return None

@@ -9,7 +9,7 @@ The dict has any of these keys, each a list with one tensor per layer, the first
 its graph attached:
 
     "map"        feature maps (B, K, h, w)
-    "attention"  attention (B, heads, N, N); token 0 is the class token
+    "attention"  attention (B, heads, N, N), all of one shape; token 0 is the class token
     "tokens"     tokens (B, N, D); token 0 is the class token
 
 A network of your own needs the two methods and a line in `MODELS`, at the end of this file.
@@ -67,8 +67,7 @@ class CNN(nn.Module):
         widths: channels of each stage; two stages make an 8×8 map of a 32×32 image.
         depths: residual blocks of each stage.
 
-    Raises:
-        ValueError: widths and depths that do not describe a network.
+    Raises ValueError: widths and depths that do not describe a network.
     """
 
     def __init__(
@@ -119,8 +118,7 @@ class CNN(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(hd)) v (Vaswani et al. 2017, eq. 1).
 
-    Raises:
-        ValueError: `heads` does not divide `dim`.
+    Raises ValueError: `heads` does not divide `dim`.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -210,8 +208,7 @@ class ViT(nn.Module):
         patch_dropout: fraction of the patches that each image loses at random in training, so that
             fewer tokens are computed (Liu et al. 2023, arXiv 2208.07220).
 
-    Raises:
-        ValueError: arguments that do not describe a network.
+    Raises ValueError: arguments that do not describe a network.
     """
 
     def __init__(
@@ -300,8 +297,7 @@ MODELS = {"cnn": CNN, "vit": ViT}  # the registry: a checkpoint stores the name 
 def build_model(name: str, config: dict) -> nn.Module:
     """The network that the registry calls `name`, with the constructor arguments `config`.
 
-    Raises:
-        ValueError: an unknown name, or arguments that do not describe a network.
+    Raises ValueError: an unknown name, or arguments that do not describe a network.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: models.MODELS has {', '.join(MODELS)}")
@@ -349,18 +345,21 @@ def count_multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
 def check_intermediates(network: nn.Module, image: torch.Tensor) -> None:
     """Check what a network offers to `explain.py`; see the top of this file.
 
-    Raises:
-        ValueError: it differs from that description, or `forward` is not
-            `forward_head(forward_features(x))`.
+    Raises ValueError: it differs from that description, or `forward` is not
+    `forward_head(forward_features(x))`.
     """
     if not hasattr(network, "forward_features"):
         return
+    if not hasattr(network, "forward_head"):
+        raise ValueError("it has forward_features, but no forward_head: define both")
     features, found = network.forward_features(image, return_intermediates=True)
     for key, tensors in found.items():
         if key not in ("map", "attention", "tokens"):
             raise ValueError(f"unknown intermediates {key!r}: use map, attention or tokens")
         if not isinstance(tensors, list) or not tensors or not all(map(torch.is_tensor, tensors)):
             raise ValueError(f"intermediates {key!r} are not a list of tensors, one per layer")
+        if key == "attention" and len({tensor.shape for tensor in tensors}) > 1:
+            raise ValueError(f"intermediates {key!r} differ in shape from layer to layer")
         patches = tensors[-1].shape[-1 if key == "attention" else 1] - 1
         if key != "map" and round(patches**0.5) ** 2 != patches:
             raise ValueError(f"{key!r} must have a class token and a square number of patches")

@@ -34,9 +34,8 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
     Returns:
         (model on its device, training batches, validation batches or None, metadata).
 
-    Raises:
-        UserError: no such device, no data, a network that cannot be built, or other images than
-            those of the run to resume.
+    Raises UserError: no such device, no data, a network that cannot be built, or other images than
+    those of the run to resume.
     """
     distributed.check_divides(flags.batch_size)
     device = distributed.start(use_device(flags))
@@ -61,7 +60,7 @@ def prepare(flags: argparse.Namespace, model_name: str, checkpoint: dict | None)
         model.compile()
     metadata = describe_run(data, flags, model_name, config)
     if checkpoint is not None:
-        refuse_other_images(metadata, checkpoint, data)
+        refuse_other_images(checkpoint, data)
         metadata["dataset"] = checkpoint["dataset"] | metadata["dataset"]
     notes = [data.note] if data.note else []
     slow = flags.amp != "off" and choose_amp("auto", device) == "off"
@@ -157,14 +156,6 @@ def describe_run(data: Data, flags, model_name: str, model_config: dict) -> dict
     )  # fmt: skip
 
 
-def same_kind_of_images(one: dict, other: dict, tolerance: float) -> bool:
-    """Whether classes and image size of two checkpoints are equal, and mean and std nearly so."""
-    same = one["classes"] == other["classes"]
-    same &= one["dataset"]["image_size"] == other["dataset"]["image_size"]
-    statistics = [checkpoint["mean"] + checkpoint["std"] for checkpoint in (one, other)]
-    return same and np.allclose(*statistics, rtol=0, atol=tolerance)
-
-
 def same_images(trained_on: dict, data: Data) -> bool:
     """Whether `data` are a checkpoint's images, split alike. (Older ones have no `content`.)"""
     known = trained_on["name"], trained_on["sizes"], trained_on.get("content", data.content)
@@ -200,10 +191,10 @@ def remember_start(metadata: dict, start: dict, name: str, data: Data) -> None:
             warn(f"{caveat}: use other weights")
 
 
-def refuse_other_images(metadata: dict, checkpoint: dict, data: Data) -> None:
+def refuse_other_images(checkpoint: dict, data: Data) -> None:
     """Raise UserError if the images are not those that the run to resume was trained on."""
     old = checkpoint["dataset"]
-    if not same_images(old, data) or not same_kind_of_images(metadata, checkpoint, 1e-4):
+    if not same_images(old, data) or data.classes != checkpoint["classes"]:
         raise UserError(
             "--resume: the images in --data-dir are not those of the run, which had "
             f"{sum(old['sizes'])} of {len(checkpoint['classes'])} classes; now there are "
@@ -215,8 +206,7 @@ def refuse_other_images(metadata: dict, checkpoint: dict, data: Data) -> None:
 def load_teacher(path: Path, out_dir: Path, metadata: dict, model: nn.Module) -> nn.Module:
     """The network of a checkpoint, to learn from, on the device of `model`.
 
-    Raises:
-        UserError: it cannot be read, was trained on other images, or would be overwritten.
+    Raises UserError: it cannot be read, was trained on other images, or would be overwritten.
     """
     if path.resolve().parent == out_dir.resolve():
         raise UserError(
@@ -224,7 +214,10 @@ def load_teacher(path: Path, out_dir: Path, metadata: dict, model: nn.Module) ->
         )
     with naming("--teacher"):
         teacher, checkpoint = load_model(path, next(model.parameters()).device)
-    if not same_kind_of_images(metadata, checkpoint, 0.02):
+    same = metadata["classes"] == checkpoint["classes"]
+    same &= metadata["dataset"]["image_size"] == checkpoint["dataset"]["image_size"]
+    statistics = [each["mean"] + each["std"] for each in (metadata, checkpoint)]
+    if not same or not np.allclose(*statistics, rtol=0, atol=0.02):
         raise UserError(
             f"--teacher {path}: it was trained on other images, sizes or classes "
             f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): use a "
@@ -290,11 +283,7 @@ def _name(path: str) -> str:
 
 
 def load_models(paths: list[str], device: torch.device) -> list[TrainedModel]:
-    """The networks of all checkpoints.
-
-    Raises:
-        UserError: one cannot be read, or is named twice.
-    """
+    """The networks of all checkpoints. Raises UserError: one cannot be read, or is named twice."""
     paths = expand_patterns(paths)
     for path in paths:
         if paths.count(path) > 1:
@@ -318,8 +307,7 @@ def load_data_for(
 
     The validation split is made for `split="val"`, or if the models were trained on these data.
 
-    Raises:
-        UserError: the models were trained on different data, or have other classes than it.
+    Raises UserError: the models were trained on different data, or have other classes than it.
     """
     keys = [key for key, typed in (("name", name), ("data_dir", data_dir)) if typed is None]
     refuse_different(models, [*keys, "image_size"] + ["val_fraction"] * (split == "val"), keys)
@@ -338,6 +326,8 @@ def load_data_for(
         val_fraction=trained_on["val_fraction"] if same or split == "val" else 0,
         classes=models[0].checkpoint["classes"],
     )
+    if not len(getattr(data, split)):
+        raise UserError(f"--split {split}: there are no such images; use the other split")
     if data.test.images.shape[-1] != trained_on["image_size"]:
         size = trained_on["image_size"]
         raise UserError(f"the checkpoints take images of {size}×{size}; {data.name} has 32×32")

@@ -22,7 +22,6 @@ import scipy
 import sklearn
 import torch
 import torchvision
-from PIL import Image
 from sklearn.metrics import classification_report
 
 from cli import printable, quoted
@@ -30,8 +29,6 @@ from data import Data, Split
 from figures import MAX_BARS
 from metrics import BINS, METRICS, confused_pairs, holm
 from prepare import data_folder
-
-MAX_BYTES = 2_100_000  # of pictures; in base64 these are 2.8 MB
 
 
 def percent(x: float, digits: int = 1) -> str:
@@ -231,7 +228,7 @@ def describe(args, argv, data: Data, split: Split, trained_on: dict) -> dict:
         "split": args.split,
         "images": len(split),
         "classes": data.classes,
-        "note": data.note,
+        "note": printable(data.note),
         "caveats": [printable(caveat) for caveat in data.caveats],
         "versions": versions,
         "hardware": hardware,
@@ -262,26 +259,8 @@ def predictions_csv(names: list[str], p: list[np.ndarray], split: Split, classes
 # ---------------------------------------------------------------- the page
 
 
-def smaller(png: bytes, scale: float = 1.0) -> bytes:
-    """The picture in 256 colours, about a third of the bytes, and its sides times `scale`."""
-    picture, file = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
-    size = [max(1, round(scale * side)) for side in picture.size]
-    picture.resize(size, Image.Resampling.LANCZOS).quantize(256).save(file, "PNG", optimize=True)
-    return file.getvalue()
-
-
 def render(metrics: dict[str, dict], compared: dict, pictures: dict[str, bytes]) -> str:
-    """The page. Names from disk are escaped.
-
-    Args:
-        metrics: what metrics.json holds, by the checkpoints' names.
-        compared: what comparison.json holds.
-        pictures: PNG files by name.
-    """
-    scale = 1.0
-    while sum(map(len, pictures.values())) > MAX_BYTES:
-        pictures = {name: smaller(png, scale) for name, png in pictures.items()}
-        scale = 0.7
+    """The page, from metrics.json, comparison.json and PNG files by name. Names are escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True

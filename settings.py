@@ -177,7 +177,12 @@ def resumed_flags(values: dict, typed: dict, defaults: dict, model_name: str):
     out_dir = values["out_dir"]
     if out_dir.is_dir() and not distributed.rank():
         make_out_dir(out_dir)  # before last.pt is read, which another program may be writing
-    checkpoint = load_run(out_dir, model_name)
+    last = out_dir / "last.pt"
+    with naming("--resume:", "; check --out-dir, or start again (--overwrite)"):
+        checkpoint = load_checkpoint(last)
+        if checkpoint["optimizer"] is None or "epochs" not in checkpoint["settings"]:
+            raise UserError(f"{last} holds weights only, not a training run")
+    refuse_other_network(f"--resume: {last}", checkpoint, model_name)
     network = {k: v for k, v in network_defaults(model_name).items() if k in defaults}
     settings = network | checkpoint["settings"]  # an older run may lack a flag
     saved = defaults | settings
@@ -212,21 +217,6 @@ def saved_run_id(out_dir: Path) -> str | None:
     return None
 
 
-def load_run(out_dir: Path, model_name: str) -> dict:
-    """The content of out_dir/last.pt, a run of `model_name` that can be resumed.
-
-    Raises:
-        UserError: it is missing or damaged, or it is another network's, or weights only.
-    """
-    path = out_dir / "last.pt"
-    with naming("--resume:", "; check --out-dir, or start again (--overwrite)"):
-        checkpoint = load_checkpoint(path)
-        if checkpoint["optimizer"] is None or "epochs" not in checkpoint["settings"]:
-            raise UserError(f"{path} holds weights only, not a training run")
-    refuse_other_network(f"--resume: {path}", checkpoint, model_name)
-    return checkpoint
-
-
 def refuse_other_network(what: str, checkpoint: dict, model_name: str) -> None:
     """Raise UserError if a checkpoint is another network's."""
     name = checkpoint["model_name"]
@@ -237,8 +227,7 @@ def refuse_other_network(what: str, checkpoint: dict, model_name: str) -> None:
 def network_of(path: Path, model_name: str, typed: dict, defaults: dict) -> dict:
     """The flags of the network of a checkpoint to start from.
 
-    Raises:
-        UserError: it cannot be read, is another network, or a typed flag differs.
+    Raises UserError: it cannot be read, is another network, or a typed flag differs.
     """
     with naming("--init"):
         checkpoint = load_checkpoint(path)
@@ -265,8 +254,7 @@ def refuse_conflicts(typed: dict, saved: dict, what: str, advice: dict) -> None:
 def choose_amp(name: str, device: torch.device) -> str:
     """What `--amp name` means on `device`: a key of `AMP_TYPES`.
 
-    Raises:
-        UserError: an unknown name, or float16, whose gradient scaler needs a GPU, elsewhere.
+    Raises UserError: an unknown name, or float16, whose gradient scaler needs a GPU, elsewhere.
     """
     if name == "auto":
         half = "fp16" if device.type == "cuda" else "off"

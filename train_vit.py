@@ -51,13 +51,7 @@ CHANGES = {
         "ema_decay": 0.0,
         "patch_dropout": 0.0,
     },
-    "digits": {
-        "recipe": "plain",
-        "epochs": 30,
-        "batch_size": 32,
-        "flip": False,
-        "patch_size": 8,
-    },
+    "digits": {"recipe": "plain", "epochs": 30, "batch_size": 32, "flip": False, "patch_size": 8},
 }
 
 

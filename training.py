@@ -173,8 +173,7 @@ def train(
 def progress(batches, title: str, steps: int):
     """The first `steps` batches, with a progress bar where there is a terminal.
 
-    Raises:
-        Stopped: a signal came during a step; the step is finished.
+    Raises Stopped: a signal came during a step; the step is finished.
     """
     for batch in tqdm(itertools.islice(batches, steps), title, steps, leave=False, disable=None):
         yield batch
@@ -195,8 +194,7 @@ def own_random_numbers(device: torch.device, *numbers: int):
 def limited_length(batches, limit: int | None) -> int:
     """How many of the batches are used: all, or at most `limit`.
 
-    Raises:
-        ValueError: there is no batch.
+    Raises ValueError: there is no batch.
     """
     if not len(batches):
         raise ValueError("no batches: there are fewer images than one batch has, or none")

@@ -40,7 +40,7 @@ import training
 from batches import Batches
 from cli import Parser, command, integer, path_type, positive, run
 from data import load_data
-from figures import with_plain_text
+from figures import in_our_style
 from models import count_parameters
 from prepare import make_batches
 from settings import choose_amp
@@ -143,7 +143,7 @@ def draw(results: list[dict], minutes: float) -> plt.Figure:
 
 
 @command
-@with_plain_text
+@in_our_style
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument

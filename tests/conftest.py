@@ -35,11 +35,10 @@ def fails(capsys):
 
 @pytest.fixture
 def numbers_only(monkeypatch):
-    """Evaluations without figures and TensorBoard, which take seconds."""
+    """Evaluations without figures, which take seconds."""
     import evaluate
 
     monkeypatch.setattr(evaluate, "draw", lambda *_: {})
-    monkeypatch.setattr(evaluate, "write_tensorboard", lambda *_: None)
 
 
 @pytest.fixture

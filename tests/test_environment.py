@@ -106,7 +106,7 @@ NAMES = {"odd": f"_a|b `$x$` <b>*_c_*\n[1]* {LATIN}", "long": "n" * 240}
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_any_name_reaches_all_that_is_written(kind, trained, tmp_path, capsys):
-    """The name of a run and of a photograph: figures, reports, JSON, TensorBoard, maps."""
+    """The name of a run and of a photograph: figures, reports, JSON, maps."""
     name, out_dir = NAMES[kind], tmp_path / "out"
     run, photo = tmp_path / name, tmp_path / f"{name}.png"
     run.mkdir()
@@ -298,7 +298,7 @@ def test_a_second_program_waits_for_the_decoding_of_the_first(photos, tmp_path):
 
 
 def test_a_refusal_leaves_an_out_dir_as_it_was(tmp_path, fails):
-    """Not marked as results, not removed; one that is new is removed."""
+    """Not removed; one that is new is removed."""
     mine, empty, new = (tmp_path / name for name in ("mine", "empty", "new"))
     mine.mkdir(), empty.mkdir()
     (mine / "notes.txt").touch()

@@ -11,6 +11,7 @@ from conftest import TINY_CNN, TINY_VIT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 import logs
 import train_cnn
@@ -80,18 +81,14 @@ def test_augmented_images_are_those_of_the_epochs_first_batch(runs, monkeypatch)
     np.testing.assert_allclose(first[::4, ::4], seen[0].permute(1, 2, 0).numpy(), atol=0.51)
 
 
-def test_mistakes_are_the_most_confident_ones_and_the_matrix_counts_all(monkeypatch):
-    import charts
-    import figures
-
-    drawn, matrix = [], []
-    monkeypatch.setattr(figures, "plot_explanations", lambda *a: drawn.append(a) or ["figure"])
-    monkeypatch.setattr(charts, "plot_confusion", lambda m, c: matrix.append(m))
+@pytest.fixture
+def validation():
+    """Twelve digits in `Pictures`, and logits that are wrong in three rows, not equally surely."""
     data = load_data("digits", ".")
     split = data.val.subset(torch.arange(12))
     labels = split.labels[split.indices]
     logits = torch.nn.functional.one_hot(labels, 10) * 5.0
-    for row, surplus in ((3, 1.0), (7, 4.0), (9, 2.0)):  # wrong, more or less surely
+    for row, surplus in ((3, 1.0), (7, 4.0), (9, 2.0)):
         logits[row] = 0
         logits[row, (labels[row] + 1) % 10] = surplus
     metadata = {
@@ -99,23 +96,48 @@ def test_mistakes_are_the_most_confident_ones_and_the_matrix_counts_all(monkeypa
         "dataset": {"image_size": 32},
     }  # fmt: skip
     batches = SimpleNamespace(split=split)
-    pictures = logs.Pictures(None, batches, metadata, SimpleNamespace(epochs=1, seed=0))
-    network = CNN(stem=4, widths=(8, 8), depths=(0, 0)).eval()
-    assert set(pictures.figures(network, logits, labels)) == {
-        "explained", "most confident mistakes", "confusion"
-    }  # fmt: skip
+    pictures = logs.Pictures(batches, batches, metadata, SimpleNamespace(epochs=1, seed=0))
+    return pictures, split, logits, labels
+
+
+def test_mistakes_are_the_most_confident_ones_and_the_matrix_counts_all(validation, monkeypatch):
+    import charts
+    import figures
+
+    drawn, matrix = [], []
+    monkeypatch.setattr(figures, "plot_explanations", lambda *a: drawn.append(a) or ["figure"])
+    monkeypatch.setattr(charts, "plot_confusion", lambda m, c: matrix.append(m))
+    pictures, split, logits, labels = validation
+    network, tags = CNN(stem=4, widths=(8, 8), depths=(0, 0)).eval(), []
+    log = SimpleNamespace(add_figure=lambda tag, *_: tags.append(tag))
+    pictures.add_figures(log, 1, network, logits, labels)
+    assert tags == [
+        "pictures/explained", "pictures/most confident mistakes", "pictures/confusion"
+    ]  # fmt: skip
     (column,) = drawn[0][3]
     assert column.header.endswith("predicted class, in logits")
     network = ViT(dim=16, depth=1, heads=2, patch_size=8).eval()
-    pictures.figures(network, logits, labels)
+    pictures.add_figures(log, 1, network, logits, labels)
     (column,) = drawn[2][3]
-    assert "attention" in column.header and "class-agnostic" in column.header
+    assert "relevance" in column.header
     mistakes = np.stack(drawn[1][0])
     expected = split.rows(torch.tensor([7, 9, 3]))[0].permute(0, 2, 3, 1).numpy()
     assert np.array_equal(mistakes, expected)
     (scores,) = matrix[0].values()
     assert np.trace(scores["confusion_matrix"]) == 9 and np.sum(scores["confusion_matrix"]) == 12
     assert scores["accuracy"] == pytest.approx(0.75)
+
+
+def test_a_dollar_in_a_class_name_is_no_mathematics(validation, tmp_path, monkeypatch):
+    """`$1_$5` is not valid mathematics, so matplotlib would raise an error."""
+    pictures, _, logits, labels = validation
+    pictures.metadata["classes"] = [f"${i}_$5" for i in range(10)]
+    monkeypatch.setattr(pictures, "augmented", lambda _: np.zeros((8, 8, 3), np.uint8))
+    network = CNN(stem=4, widths=(8, 8), depths=(0, 0)).eval()
+    written = logs.Logs(*(SummaryWriter(tmp_path / part) for part in ("train", "val")))
+    pictures(written, {"epoch": 1, "step": 1}, network, (logits, labels))
+    logs.close_logs(written)
+    assert "pictures/confusion" in read(tmp_path / "val").Tags()["images"]
 
 
 def test_a_dataloader_has_pictures_too(tmp_path, monkeypatch):

@@ -841,7 +841,7 @@ def test_an_overwriting_run_that_fails_leaves_the_old_one(tmp_path, fails):
     argv = [*FAST, *TINY_CNN, "--epochs", "1", "--out-dir", str(tmp_path)]
     train_cnn.main(argv)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(before) == 5  # checkpoints, curves, the mark of results
+    assert len(before) == 4  # checkpoints and curves
     fails(train_cnn.main, *argv, "--overwrite", "--lr", "1e30")
     assert before == {path: path.read_bytes() for path in before}
     for part in ("train", "val"):

@@ -198,9 +198,27 @@ class OtherForward(CNN):
         return super().forward(x.flip(1))
 
 
+class OtherHeads(CNN):
+    def forward_features(self, x, return_intermediates=False):
+        x = super().forward_features(x)
+        layers = [x.mean() * torch.ones(len(x), heads, 17, 17) for heads in (2, 3)]
+        return (x, {"attention": layers}) if return_intermediates else x
+
+
+class NoHead(nn.Sequential):
+    def __init__(self, classes: int = 10, **_):
+        super().__init__(nn.Flatten(), nn.Linear(3072, classes))
+
+    def forward_features(self, x, return_intermediates=False):
+        x = x.flatten(1)
+        return (x, {"map": [self[1].weight * 2]}) if return_intermediates else x
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (OtherHeads, "'attention' differ in shape from layer to layer"),
+        (NoHead, "no forward_head: define both"),
         (Detached, "'map' are detached"),
         (NoList, "'map' are not a list of tensors"),
         (UnknownKey, "unknown intermediates 'maps'"),
