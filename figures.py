@@ -218,9 +218,9 @@ def plot_attention(pictures, names, maps, beside, above, title: str) -> Figure:
     grid, norm = figure.subplots(R, M + 1, squeeze=False), scale.norm(maps.flatten(0, 1))
     for axes in grid[:, 0]:
         axes.set_axis_off()
-    for axes, picture, name in zip(grid[:, 0], pictures, names, strict=False):
+    for axes, picture, name in zip(grid[:, 0], pictures, shorten(names, 16), strict=False):
         axes.imshow(picture, interpolation="nearest")
-        axes.set_title(name)
+        axes.set_title(name, fontsize=9)
     for i, j in itertools.product(range(R), range(M)):
         axes = grid[i, 1 + j]
         drawn = axes.imshow(maps[i, j].numpy(), cmap=scale.colors, norm=norm)
