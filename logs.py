@@ -234,7 +234,8 @@ class Pictures:
         from prepare import TrainedModel
 
         name, classes = self.metadata["model_name"], self.metadata["classes"]
-        logits, labels = logits.cpu().numpy(), labels.cpu().numpy()
+        logits = logits.cpu().nan_to_num().numpy()  # float16 may have infinite ones
+        labels = labels.cpu().numpy()
         if split := getattr(self.val_batches, "split", None):
             found = choose_mistakes([probabilities(logits)], labels)
             rows = {"explained": np.linspace(0, len(labels) - 1, min(8, len(labels))).astype(int)}
