@@ -19,6 +19,7 @@ import checkpoint
 import data
 import evaluate
 import explain
+import faithfulness
 import figures
 import folders
 import prepare
@@ -584,6 +585,19 @@ def test_checkpoints_that_a_figure_does_not_show_are_counted(
     out = capsys.readouterr().out
     assert "confusion_matrix.png shows the first 1 of 2 checkpoints" in out
     assert "curves show" not in out
+
+
+def test_a_split_without_images_and_one_of_a_single_image(trained, tmp_path, fails):
+    state = load_checkpoint(trained["cnn"])
+    state["dataset"]["val_fraction"] = 0.0
+    checkpoint.save_checkpoint(tmp_path / "all.pt", state)
+    argv = [tmp_path / "all.pt", "--split", "val", "--out-dir", tmp_path / "out"]
+    for script in (evaluate, faithfulness):
+        assert "--split val: there are no such images" in fails(script.main, *argv)
+    classes_of(tmp_path / "one" / "test", "3", count=1)
+    argv = [trained["cnn"], "--dataset", "folder", "--data-dir", tmp_path / "one"]
+    line = fails(faithfulness.main, *argv, "--out-dir", tmp_path / "out")
+    assert "there is one image; two are needed" in line
 
 
 def test_a_photograph_that_is_all_dark_is_named(trained, tmp_path, capsys):
