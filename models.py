@@ -26,7 +26,7 @@ from torchvision.ops import StochasticDepth
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions, each with batch norm, around a shortcut (He et al. 2016, fig. 2)."""
+    """Two 3×3 convolutions with batch norm, and a shortcut around them (He et al. 2016, fig. 2)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A 3×3 convolution to `channels`, halved by max pooling, then residual blocks."""
+    """A 3×3 convolution to `channels`, 2×2 max pooling, then residual blocks."""
 
     def __init__(self, in_channels: int, channels: int, depth: int):
         super().__init__()

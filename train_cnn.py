@@ -74,7 +74,7 @@ def whiten(model, images: torch.Tensor) -> None:
 
     Each eigenvector of the patches' second moments is used with both signs. This follows the
     whitening layer of Jordan 2024 (arXiv 2404.00498, sec. 3.2); batch norm replaces its division by
-    the eigenvalues. images (B, 3, H, W): one batch for training, normalised.
+    the roots of the eigenvalues. images (B, 3, H, W): one batch for training, normalised.
     """
     filters = model.stem.weight  # (stem, 3, 3, 3)
     patches = F.unfold(images.contiguous(), filters.shape[2:]).transpose(1, 2).flatten(0, 1)

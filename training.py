@@ -120,7 +120,7 @@ def train(
             scaler.scale(loss).backward()
 
             # 5. Step: gradients are unscaled first, because clipping needs their true norm. Without
-            #    clipping it is only measured. It is not finite where float16 skips the step.
+            #    clipping it is only measured. In float16 a step is skipped if its norm is not finite.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
             norm_sum += norm.nan_to_num(posinf=0)
@@ -131,7 +131,7 @@ def train(
             values = {"loss": loss.detach(), "gradient norm": norm}
             points.append(values | learning_rates(optimizer))
 
-            # 6. Average: a moving average of the weights usually scores higher than the last ones.
+            # 6. Average: a moving average of the weights often scores higher than the last ones.
             if ema is not None:
                 update_average(ema, network, step, settings.ema_decay)
 
@@ -155,7 +155,7 @@ def train(
         if pictures is not None:
             pictures(logs, row, evaluated, outputs)
 
-        # 9. Save: an interruption loses one epoch at most. Curves of a replaced run go only now.
+        # 9. Save: an interruption loses one epoch at most. Then curves of a replaced run are deleted.
         if is_best(row, best):
             best = {"epoch": epoch, "val_accuracy": row["val_accuracy"]}
         last = metadata | {"epoch": epoch, "step": step, "best": best, "history": history}
