@@ -120,7 +120,7 @@ def train(
             scaler.scale(loss).backward()
 
             # 5. Step: gradients are unscaled first, because clipping needs their true norm. Without
-            #    clipping it is only measured. In float16 a step is skipped if its norm is not finite.
+            #    clipping it is only measured. If it is not finite, a step in float16 is skipped.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
             norm_sum += norm.nan_to_num(posinf=0)
@@ -155,7 +155,7 @@ def train(
         if pictures is not None:
             pictures(logs, row, evaluated, outputs)
 
-        # 9. Save: an interruption loses one epoch at most. Then curves of a replaced run are deleted.
+        # 9. Save: an interruption loses one epoch at most. Only then are old curves deleted.
         if is_best(row, best):
             best = {"epoch": epoch, "val_accuracy": row["val_accuracy"]}
         last = metadata | {"epoch": epoch, "step": step, "best": best, "history": history}
