@@ -137,9 +137,10 @@ def grad_cam(forward: ForwardPass, weights: torch.Tensor, layer: int = -1) -> to
 
 
 def layer_cam(forward: ForwardPass, weights: torch.Tensor, layer: int = -1) -> torch.Tensor:
-    """LayerCAM (Jiang et al. 2021, IEEE TIP 30), without its ReLU.
+    """LayerCAM (Jiang et al. 2021, IEEE TIP 30), without its last ReLU, which figures apply.
 
-    Each cell has its own weights, so maps of early layers are useful too.
+    Each cell has its own weights, so maps of early layers are useful too. Only what raises the
+    score counts, so a value below 0 is not evidence against the class.
     """
     A, gradient = map_and_gradient(forward, weights, layer)
     return (gradient.relu() * A).sum(1)
@@ -174,8 +175,12 @@ def rollout(attentions: list[torch.Tensor]) -> torch.Tensor:
 
 
 def attention_rollout(forward: ForwardPass, weights=None, layer=None) -> torch.Tensor:
-    """The class token's row of the rollout; of no class."""
-    return class_token_maps(rollout(forward.layers["attention"]))
+    """The class token's row of the rollout; of no class.
+
+    In multiples of what uniform attention in all L layers gives each patch: (1 - 1 / 2^L) / N.
+    """
+    attentions = forward.layers["attention"]
+    return class_token_maps(rollout(attentions)) / (1 - 0.5 ** len(attentions))
 
 
 def relevance(forward: ForwardPass, weights: torch.Tensor, layer=None) -> torch.Tensor:
@@ -226,8 +231,8 @@ def attention_statistics(forward: ForwardPass) -> tuple[torch.Tensor, torch.Tens
     attention = torch.stack(forward.layers["attention"], dim=1)  # (B, L, heads, N, N)
     patches, image_size = attention[..., 1:, 1:], forward.images.shape[-1]
     distance = patch_distances(patches.shape[-1], image_size).to(attention.device)
-    patches = patches / patches.sum(-1, keepdim=True)
-    entropy = -(attention * attention.clamp(min=1e-30).log()).sum(-1)
+    patches = F.normalize(patches, p=1, dim=-1)
+    entropy = torch.special.entr(attention).sum(-1)
     return (patches * distance).sum(-1).mean(-1), entropy.mean(-1)
 
 
@@ -282,7 +287,7 @@ METHODS = {
     "grad-cam": Method(
         grad_cam, "Grad-CAM", FEATURES, "signed", "in logits", default_with="map", takes_layer=True
     ),
-    "layer-cam": Method(layer_cam, "LayerCAM", FEATURES, "signed", "in logits", takes_layer=True),
+    "layer-cam": Method(layer_cam, "LayerCAM", FEATURES, "positive", "in logits", takes_layer=True),
     "attention": Method(
         last_attention, "attention", ATTENTION, "uniform", "1 is uniform", default_with="attention",
         takes_target=False, takes_layer=True, gradients=False,

@@ -39,7 +39,7 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
     for axes, name, scores in zip(panels, names, metrics.values(), strict=False):
         counts = np.array(scores["confusion_matrix"])
         shares = counts / counts.sum(1, keepdims=True).clip(1)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         name_axis(axes.xaxis, classes, tilt=True)
         name_axis(axes.yaxis, classes, ["" if n else " (no images)" for n in counts.sum(1)])
         correct = f"{scores['accuracy']:.2%} of {scores['images']:,} images correct"
@@ -54,6 +54,8 @@ def plot_confusion(metrics: dict[str, dict], classes: list[str]) -> Figure:
             text = {"ha": "center", "color": color}
             axes.text(j, i - 0.04, f"{counts[i, j]}", va="bottom", fontsize=9, **text)
             axes.text(j, i + 0.06, f"{shares[i, j]:.1%}", va="top", fontsize=7, **text)
+        if not few:
+            figure.colorbar(drawn, ax=axes, shrink=0.8, label="fraction of the true class")
     return figure
 
 
@@ -186,7 +188,8 @@ def plot_robustness(metrics: dict[str, dict]) -> Figure:
             found = scores["robustness"]
             changed = found["corruptions"].get(kind, found["shifts"][1:])
             y = [found["clean"], *changed]
-            axes.plot(range(len(y)), y, "o-", markersize=3, color=f"C{color}", label=name)
+            look = {"color": f"C{color}", "label": f"accuracy, {name}"}
+            axes.plot(range(len(y)), y, "o-", markersize=3, **look)
         axes.set(title=kind, xlabel="pixels" if kind == "shift" else "severity")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -236,13 +236,14 @@ def check_finite(network: nn.Module, row: dict, settings) -> None:
     Raises UserError: they are not; the checkpoints of the epoch before are kept.
     """
     losses = [row["train_loss"], row["val_loss"] or 0.0]
-    if all(map(math.isfinite, losses)) and all(p.isfinite().all() for p in network.parameters()):
+    weights = network.state_dict().values()  # as `load_model` checks them
+    if all(map(math.isfinite, losses)) and all(bool(x.isfinite().all()) for x in weights):
         return
     epoch = row["epoch"]
     kept = f"; {settings.out_dir} keeps epoch {epoch - 1}, the last good one" if epoch > 1 else ""
     raise UserError(
         f"the loss or the weights are no longer finite in epoch {epoch} (by step {row['step']}): "
-        "start again with a lower --lr or --weight-decay" + kept
+        "start again with a lower --lr, --muon-lr or --weight-decay" + kept
     )
 
 
@@ -304,7 +305,7 @@ def load_model(
         if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
             raise UserError(f"{path}: some of its weights are not finite; use another copy")
         changed = changed_network(model, checkpoint)
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
         line = _one_line(error).split("state_dict for ")[-1]
         raise UserError(f"{path}: its weights do not fit its model ({line})") from None
     if changed and strict:

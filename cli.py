@@ -85,6 +85,8 @@ def command(main):
                     message = "out of memory: use --device cpu or, in training, smaller batches"
                     if distributed.rank():  # others may have enough
                         stderr = sys.__stderr__
+                elif str(error).startswith("Symlink loop"):  # from Path.resolve
+                    message = str(error)
                 elif distributed.is_lost(error):
                     message = "torchrun: another process has ended; --resume repeats the epoch"
                 elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

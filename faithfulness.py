@@ -299,6 +299,7 @@ def print_scores(name: str, scores: dict, summary: dict) -> None:
         lists["not significantly better than"].remove(best)
         said = [f"{text}: {', '.join(names)}" for text, names in lists.items() if names]
         print("; ".join([f"  {kind}, {fill}: best {best}", *said]))
+    print("  (95% intervals of each difference alone, not corrected for their number)")
 
 
 def above(one: torch.Tensor, other) -> bool:

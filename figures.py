@@ -92,7 +92,8 @@ class Scale:
 
     def norm(self, maps: torch.Tensor):
         """From values to 0 ... 1, up to the largest; of pixels up to the 99th percentile."""
-        top = float(maps.abs().max() if maps[0].numel() <= 256 else np.quantile(maps.abs(), 0.99))
+        size = maps.clamp(min=0) if self is SCALES["positive"] else maps.abs()
+        top = float(size.max() if maps[0].numel() <= 256 else np.quantile(size, 0.99))
         if self is SCALES["uniform"]:
             top = max(top, 2.0)  # so that nearly uniform attention is pale
             return LogNorm(1 / top, top, clip=True)
@@ -118,7 +119,9 @@ SCALES = {
         "Attention: orange is more than uniform (1), pale purple less, on a logarithmic scale. It "
         "shows where information is mixed, not why a class was chosen.",
     ),
-    "positive": Scale(matplotlib.colormaps["Oranges"], "Relevance: the darker, the more."),
+    "positive": Scale(
+        matplotlib.colormaps["Oranges"], "Relevance, LayerCAM: the darker, the more."
+    ),
 }
 NOTE = "A map shows what the network uses, not whether the network is right."
 RIGHT, WRONG = "✓ ", "✗ "  # before a predicted class
@@ -197,12 +200,18 @@ def _plot_page(rows, pictures, inputs, names, lines: list[list]) -> Figure:
 
 
 def _color_bar(drawn, label: str = "", **place) -> None:
-    """A bar with the two ends of a scale and, between them, its neutral value."""
-    low, high = drawn.norm.vmin, drawn.norm.vmax
+    """A bar with the two ends of a scale and, between them, its neutral value.
+
+    Colours do not go beyond the ends: ≤ and ≥ say that values do.
+    """
+    low, high, values = drawn.norm.vmin, drawn.norm.vmax, drawn.get_array()
     ticks = [low, *([0.0] if low < 0 else [1.0] if 0 < low < 1 < high else []), high]
     bar = drawn.figure.colorbar(drawn, **place)
     bar.ax.minorticks_off()
-    bar.set_ticks(ticks, labels=[f"{tick:.2g}".replace("-", "−") for tick in ticks], fontsize=8)
+    labels = [f"{tick:.2g}".replace("-", "−") for tick in ticks]
+    labels[0] = "≤" * bool(values.min() < low or isinstance(drawn.norm, LogNorm)) + labels[0]
+    labels[-1] = "≥" * bool(values.max() > high) + labels[-1]
+    bar.set_ticks(ticks, labels=labels, fontsize=8)
     bar.set_label(label, fontsize=9)
 
 
@@ -243,10 +252,12 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
     panels = figure.subplots(1, count)
     for axes, (name, (values, uniform)) in zip(panels, tables.items(), strict=False):
         most = max(uniform, values.max().item())
-        axes.imshow(values.numpy(), cmap="Purples", vmin=0, vmax=most, aspect="auto")
+        drawn = axes.imshow(values.numpy(), cmap="Purples", vmin=0, vmax=most, aspect="auto")
         axes.set(xlabel="head", ylabel="layer", title=f"{name} (uniform: {uniform:.1f})")
         name_axis(axes.xaxis, [str(1 + head) for head in range(heads)])
         name_axis(axes.yaxis, [str(1 + l) for l in range(L)])
+        if heads > MAX_HEADS:  # too many for numbers
+            _color_bar(drawn, ax=axes)
         for l, head in itertools.product(range(L), range(heads)) if heads <= MAX_HEADS else ():
             look = {"fontsize": 8, "color": "white" if values[l, head] > most / 2 else "black"}
             axes.text(head, l, f"{values[l, head]:.1f}", ha="center", va="center", **look)

@@ -105,8 +105,8 @@ def _build(model_name: str, config: dict) -> nn.Module:
         for key in sizes:
             message = re.sub(rf"\b{key}\b", "--" + key.replace("_", "-"), message)
         raise UserError(message) from None
-    except (RuntimeError, TypeError) as error:
-        if not re.search("allocate|overflow", str(error), re.IGNORECASE):
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if not re.search("allocate|overflow|infinity", str(error), re.IGNORECASE):
             raise  # a mistake in the network's code
         message = f"a network with {as_flags(sizes)} is too large: use smaller numbers"
         raise UserError(message) from None
@@ -206,7 +206,8 @@ def refuse_other_images(checkpoint: dict, data: Data) -> None:
 def load_teacher(path: Path, out_dir: Path, metadata: dict, model: nn.Module) -> nn.Module:
     """The network of a checkpoint, to learn from, on the device of `model`.
 
-    Raises UserError: it cannot be read, was trained on other images, or would be overwritten.
+    Raises UserError: it cannot be read, was trained on other images, would be overwritten, or has
+    changed since the run to resume was started.
     """
     if path.resolve().parent == out_dir.resolve():
         raise UserError(
@@ -222,6 +223,12 @@ def load_teacher(path: Path, out_dir: Path, metadata: dict, model: nn.Module) ->
             f"--teacher {path}: it was trained on other images, sizes or classes "
             f"({checkpoint['dataset']['name']}, {len(checkpoint['classes'])} classes): use a "
             "checkpoint trained on the same data set"
+        )
+    known = metadata["dataset"].setdefault("teacher", checkpoint["self_test"])
+    if known != checkpoint["self_test"]:
+        raise UserError(
+            f"--teacher {path}: it has changed since this run was started: put it back, or start "
+            "again (--overwrite)"
         )
     return teacher
 

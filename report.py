@@ -64,14 +64,14 @@ def summary(metrics: dict[str, dict], compared: dict) -> list[str]:
     pair = compared["pairs"][0] if compared["pairs"] else None  # of those named first
     names = [pair["first"], pair["second"]] if pair else list(metrics)[:2]
     rows = {name: metrics[name] for name in names}
-    lines = [_accuracies(rows, compared["about"])]
+    lines = [_accuracies(metrics, compared["about"])]
     if compared["recipes"]:
         lines.append(_seeds(compared["recipes"]))
     if pair:
         lines += [_better(pair, compared["recipes"]), _classes(pair), _shared(pair)]
     if compared["ensemble"]:
         lines.append(_ensemble(compared["ensemble"], len(metrics)))
-    lines += [_confusions(rows, compared["about"]["classes"]), _confidence(rows)]
+    lines += [_confusions(metrics, compared["about"]["classes"]), _confidence(rows)]
     if all("robustness" in row for row in rows.values()):
         lines.append(_robustness(rows))
     return [*lines, _size(rows)]
@@ -123,6 +123,7 @@ def _classes(pair) -> str:
         ahead = [name for name in differ if sign * rows[name]["difference"] > 0]
         ahead.sort(key=lambda name: (-abs(rows[name]["difference"]), name))
         where = [f"{name} (+{points(rows[name]['difference'])})" for name in ahead[:3]]
+        where += [f"{len(ahead) - 3} more"] * (len(ahead) > 3)
         parts.append(f"{model} has significantly higher recall of {listed(where) or 'no class'}")
     if not differ:
         return "No class shows a significant difference (McNemar's test, Holm's correction, 5%)."

@@ -49,7 +49,7 @@ NUMERIC_FLAGS = {  # group: rows of flag, type, default, help
         ("--lr", real(1e-30, 1e30), 1e-3, "peak learning rate of AdamW, or of SGD"),
         ("--muon-lr", real(1e-30, 1e30), 0.02, "peak learning rate of Muon (blocks or stages)"),
         ("--warmup", real(0, 0.9), 0.0, "fraction of the steps in which the learning rates rise"),
-        ("--weight-decay", non_negative, 0.0, "weight decay, not of norms and biases"),
+        ("--weight-decay", real(0, 1e30), 0.0, "weight decay, not of norms and biases"),
         ("--label-smoothing", real(0, 0.9), 0.0, "label smoothing; 0: none"),
         ("--clip", non_negative, 0.0, "largest norm of the gradient; 0: no clipping"),
         ("--ema-decay", real(0, 0.99999), 0.0, "decay of the averaged weights; 0: no average"),
@@ -147,8 +147,12 @@ def parse_flags(parser: Parser, argv, model_name: str, changes: dict):
         values["out_dir"] = Path("runs", f"{values['dataset']}-{model_name}{suffix}")
     out_dir = values["out_dir"]
     own = values["run_id"] and saved_run_id(out_dir) == values["run_id"]  # of this torchrun
+    refused = out_dir / ".refused"  # torchrun also restarts what was refused
+    if values["run_id"] and not distributed.restarts():
+        refused.unlink(missing_ok=True)
     if own and not values["resume"] and (out_dir / "last.pt").is_file():
-        if not distributed.restarts():
+        if not distributed.restarts() or refused.exists():
+            refused.touch()
             raise UserError(
                 f"torchrun: --rdzv-id {values['run_id']} was used before, for the run in "
                 f"{out_dir}: use another"

@@ -147,7 +147,7 @@ def train(
         distributed.average_statistics(network, ema)
         scores, outputs = validate(evaluated, val_batches, settings, autocast)
         row |= scores
-        check_finite(network, row, settings)
+        check_finite(evaluated, row, settings)
 
         # 8. Log: the history is also in the checkpoint, for figures without TensorBoard.
         history.append(row)
@@ -252,7 +252,7 @@ def validate(network, batches, settings, autocast) -> tuple[dict, tuple | None]:
         # Rows of the other processes are 0 here, so a sum puts all together, each image once.
         outputs.append(part.new_zeros(len(images), part.shape[1]))
         outputs[-1][own] = part
-        labels.append(class_indices(numbers.to(device)))
+        labels.append(numbers.to(device))
     logits, labels = torch.cat(outputs), torch.cat(labels)
     distributed.summed(logits)
     loss = F.cross_entropy(logits, labels).item()

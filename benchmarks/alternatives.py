@@ -20,7 +20,6 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from common import (
     DEVICE,
@@ -40,7 +39,7 @@ import training
 from batches import Batches
 from cli import Parser, command, integer, path_type, positive, run
 from data import load_data
-from figures import in_our_style
+from figures import Figure, in_our_style
 from models import count_parameters
 from prepare import make_batches
 from settings import choose_amp
@@ -127,9 +126,10 @@ def fastest(name: str, data, **settings) -> tuple[float, str]:
     return max((value, amp) for amp, (value,) in speeds.items())
 
 
-def draw(results: list[dict], minutes: float) -> plt.Figure:
+def draw(results: list[dict], minutes: float) -> Figure:
     """Validation accuracy by training time. The legend has that of the last epoch."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for result in results:
         rows = result["history"]
         x, y = ([row[key] for row in rows] for key in ("seconds", "val_accuracy"))
@@ -165,13 +165,14 @@ def main(argv=None):
         print(f"== {name}: {epochs} epochs, {amp}", flush=True)
         settings = {"amp": amp, "seed": args.seed, "limit_batches": args.limit_batches}
         result = train_alternative(name, data, epochs=epochs, **settings)
-        append(args.results, {"name": name, "minutes": args.minutes} | settings | result)
+        row = {"name": name, "minutes": args.minutes, "images": data.content}
+        append(args.results, row | settings | result)
     rows = [json.loads(line) for line in args.results.read_text().splitlines()]
-    same = ("minutes", "seed", "limit_batches", "device", "cpu", "threads")
+    same = ("minutes", "images", "seed", "limit_batches", "device", "cpu", "threads")
     latest = {row["name"]: row for row in rows if all(row[k] == rows[-1][k] for k in same)}
     args.figure.parent.mkdir(parents=True, exist_ok=True)
     figure = draw([latest[name] for name in names if name in latest], args.minutes)
-    figure.savefig(args.figure, dpi=120)
+    figure.savefig(args.figure, dpi=120, format="png")
 
 
 if __name__ == "__main__":

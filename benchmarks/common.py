@@ -20,7 +20,7 @@ import train_cnn
 import train_vit
 import training
 from checkpoint import make_metadata
-from cli import UserError, path_type
+from cli import UserError, path_type, writing
 from optimizers import parameter_groups
 from stopping import Stopped
 
@@ -39,8 +39,17 @@ def add_folder_flag(parser) -> None:
 
 def add_results_flag(parser, name: str) -> None:
     """Add --results, a file in benchmarks/results unless another is given."""
-    parser.add_argument("--results", type=path_type, default=RESULTS / name, metavar="FILE",
+    parser.add_argument("--results", type=_writable, default=str(RESULTS / name), metavar="FILE",
                         help="JSONL file that gets the results")  # fmt: skip
+
+
+def _writable(name: str) -> Path:
+    """A file that can be appended to: that is checked before hours of work."""
+    path = path_type(name)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    return path
 
 
 # ---------------------------------------------------------------- training
@@ -141,6 +150,5 @@ def append(file: Path, result: dict) -> None:
         "torch": str(torch.__version__),
         "date": str(datetime.date.today()),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
         lines.write(json.dumps(result) + "\n")

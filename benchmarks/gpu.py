@@ -3,10 +3,10 @@
     python benchmarks/gpu.py benchmarks/plans/speed.txt --data-dir data/cifar10-jpeg --out-dir gpu
 
 A line of a plan is `name: script flags`, or a comment that starts with #. DATA stands for
---data-dir, OUT for --out-dir. Training scripts get `--dataset folder --data-dir DATA --out-dir
-OUT/runs/name` too. At most --at-once commands run at a time, in the order of the plan. One that
-reads a file of another run, as `--teacher OUT/runs/cnn/best.pt` does, waits for that run. Side by
-side they share the GPU, so their times do not measure speed.
+--data-dir, OUT for --out-dir. Training scripts get `--dataset folder --data-dir DATA --pictures
+off --out-dir OUT/runs/name` too. At most --at-once commands run at a time, in the order of the
+plan. One that reads a file of another run, as `--teacher OUT/runs/cnn/best.pt` does, waits for
+that run. Side by side they share the GPU, so their times do not measure speed.
 
 When the time is up, the rest is stopped, and what stopped runs have reached is measured. Writes
 name.log, weights in half precision, and results.json, which grows with each run. Prints a table.
@@ -94,7 +94,11 @@ def run_jobs(args, jobs: list[Job]) -> dict:
                     del running[name]
             others = [*waiting, *(job for job, _ in running.values())]
             free = (job for job in waiting if not needs(args, job, others))
-            if len(running) < args.at_once and (job := next(free, None)):
+            job = next(free, None)
+            if waiting and job is None and not running:
+                names = ", ".join(job.name for job in waiting)
+                raise UserError(f"{args.plan}: each of {names} waits for another")
+            if job and len(running) < args.at_once:
                 waiting.remove(job)
                 running[job.name] = job, start(args, job)
             else:
@@ -118,7 +122,7 @@ def run_jobs(args, jobs: list[Job]) -> dict:
 def needs(args, job: Job, others: list[Job]) -> bool:
     """Whether a job reads a file of another one's run."""
     folders = {other.best(args.out_dir).parent for other in others if other is not job}
-    return any(folders.intersection(Path(word).parents) for word in job.argv)
+    return any(folders.intersection(Path(word.rpartition("=")[2]).parents) for word in job.argv)
 
 
 def start(args, job: Job) -> subprocess.Popen:

@@ -47,13 +47,14 @@ def train_and_measure(network: str, seed: int, flags: list[str], args) -> tuple[
     """The row of one seed, and the settings of its run."""
     folder = args.out_dir / f"{network}-seed{seed}"
     exists = (folder / "last.pt").exists()
-    if flags or not exists:  # a run that exists is resumed, or refused if one of the flags differs
+    if flags or not exists:  # a run that exists is resumed, or refused if its settings differ
         own = ["--seed", str(seed), "--out-dir", str(folder)]
         SCRIPTS[network].main([*flags, *own, *["--resume"] * exists])
     last = load_checkpoint(folder / "last.pt")
     if last["epoch"] < last["settings"]["epochs"]:
         raise UserError(f"{folder} is not finished: resume it, or remove it")
     settings = {k: v for k, v in last["settings"].items() if k not in ("seed", "out_dir")}
+    settings["images"] = last["dataset"].get("content")
     return {"seed": seed} | measure(folder / "best.pt", args.target), settings
 
 
@@ -83,7 +84,7 @@ def main(argv=None):
     add_results_flag(parser, "seeds.jsonl")
     args = parser.parse_args(own)
     rows, settings = [], {}
-    for seed in args.seeds:
+    for seed in dict.fromkeys(args.seeds):
         row, new = train_and_measure(args.network, seed, argv[len(own) + 1 :], args)
         keys = {*new, *settings} - CHANGEABLE if rows else ()
         if differ := ", ".join(sorted(key for key in keys if new.get(key) != settings.get(key))):

@@ -172,9 +172,13 @@ def test_attention_maps_are_the_class_tokens_rows_in_times_uniform(vit, images):
         attribution.rollout(found["attention"]),
     )
     for y, x in ((0, 0), (0, 7), (5, 2)):
-        torch.testing.assert_close(rolled[:, y, x], 65 * whole[:, 0, 1 + 8 * y + x])
+        unit = 65 / (1 - 0.5 ** len(found["attention"]))
+        torch.testing.assert_close(rolled[:, y, x], unit * whole[:, 0, 1 + 8 * y + x])
     uniform = torch.full((1, 1, 65, 65), 1 / 65)
     assert (attribution.class_token_maps(uniform) - 1).abs().max() < 1e-6
+    for layers in (1, 2, 6):
+        forward = attribution.ForwardPass(None, None, None, {"attention": [uniform] * layers})
+        assert (attribution.attention_rollout(forward) - 1).abs().max() < 1e-5
 
 
 def test_distance_and_entropy_of_known_attention():

@@ -46,7 +46,12 @@ def truncated(root):
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def loop(root):
+    root.symlink_to(root.name)
+
+
 FOLDERS = {
+    "a link to itself": (loop, "photos"),
     "nothing in it": (lambda root: root.mkdir(), "no images in"),
     "a file": (lambda root: root.write_text("photos"), "is a file, not a folder"),
     "train/ and test/ without classes": (

@@ -41,6 +41,7 @@ import train_cnn
 import train_vit
 import training
 from checkpoint import load_checkpoint, load_model, save_checkpoint
+from cli import UserError
 from data import load_data
 
 CLASSES = ["bright", "dark"]  # of the fixture `photos`
@@ -370,7 +371,7 @@ def test_seeds_refuses_an_unfinished_run(results, photos, tmp_path, fails, monke
     assert "is not finished" in fails(seeds.main, *argv)
 
 
-def test_alternatives(results, photos, tmp_path, monkeypatch):
+def test_alternatives(results, photos, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(alternatives.PEERS["resnet-20"][2], "batch_size", 8)
     monkeypatch.setitem(alternatives.PEERS["tutorial-vit"][2], "batch_size", 8)
     monkeypatch.setitem(alternatives.PEERS["notebook-cnn"][2], "batch_size", 8)
@@ -389,6 +390,9 @@ def test_alternatives(results, photos, tmp_path, monkeypatch):
         assert_environment(row)
         assert len(row["history"]) == 1 and 0 <= row["history"][0]["val_accuracy"] <= 1
     assert Image.open(figure).size[0] > 400
+    assert f"{tmp_path}: cannot be written" in fails(
+        alternatives.main, *argv, "--results", tmp_path
+    )
     drawn, draw = [], alternatives.draw
     monkeypatch.setattr(alternatives, "draw", lambda rows, x: drawn.extend(rows) or draw(rows, x))
     for seed, limit in (("0", "2"), ("0", "1"), ("1", "1"), ("0", "1")):
@@ -498,7 +502,7 @@ def test_gpu_runs_side_by_side_until_the_time_is_up(photos, tmp_path, capsys):
         text = f"import sys, time\nprint(sys.argv[1:], flush=True)\n{code}\n"
         (tmp_path / f"{name}.py").write_text(text)
     lines = [f"{name}: {tmp_path}/{name}.py --seed 1" for name in ("good", "bad", "long")]
-    lines += [f"after: {tmp_path}/good.py OUT/runs/long/best.pt", f"last: {tmp_path}/good.py"]
+    lines += [f"after: {tmp_path}/good.py --x=OUT/runs/long/best.pt", f"last: {tmp_path}/good.py"]
     started = time.time()
     args = plan_of(tmp_path, photos, *lines, deadline=started + 3)
     args.out_dir.mkdir()
@@ -509,6 +513,10 @@ def test_gpu_runs_side_by_side_until_the_time_is_up(photos, tmp_path, capsys):
     assert "good: failed" not in out and "long: failed" not in out
     assert (args.out_dir / "good.log").read_text() == "# good.py --seed 1\n['--seed', '1']\n"
     assert (args.out_dir / "last.log").exists() and not (args.out_dir / "after.log").exists()
+    each = [f"{a}: {tmp_path}/good.py OUT/runs/{b}/best.pt" for a, b in ("ab", "ba")]
+    args = plan_of(tmp_path, photos, *each, deadline=time.time() + 60)
+    with pytest.raises(UserError, match="each of a, b waits for another"):
+        gpu.run_jobs(args, gpu.read_plan(args))
 
 
 def test_gpu_measures_what_is_there(trained, tmp_path, capsys):

@@ -177,6 +177,15 @@ def test_the_run_id_of_an_older_run_is_refused(tmp_path, monkeypatch, trained, f
         monkeypatch.setenv(name, str(value))
     said = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path, "--overwrite")
     assert "torchrun: --rdzv-id x was used before, for the run in" in said
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts the command again
+    said = fails(train_cnn.main, "--dataset", "digits", "--out-dir", tmp_path, "--overwrite")
+    assert "torchrun: --rdzv-id x was used before, for the run in" in said
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "y")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr(train_cnn, "prepare", started)
+    argv = ["--dataset", "digits", "--out-dir", tmp_path, "--overwrite"]
+    assert "started" in fails(train_cnn.main, *argv)
+    assert not (tmp_path / ".refused").exists()
 
 
 def test_a_restart_does_not_replace_a_run_that_was_refused(tmp_path, monkeypatch, trained, fails):

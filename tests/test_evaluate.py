@@ -215,6 +215,9 @@ def test_the_words_follow_from_the_numbers():
     assert "d-cnn has significantly higher recall of x (+5.0)" in report._classes(
         a_pair(0.05, 0.01, 0.1, 0.01)
     )
+    many = a_pair(0.05, 0.01, 0.1, 1e-9)
+    many["per_class"] = {str(i): many["per_class"]["x"] for i in range(5)}
+    assert "of 0 (+5.0), 1 (+5.0), 2 (+5.0) and 2 more; d-vit" in report._classes(many)
     many = a_pair(0.05, 0.01, 0.1, 0.01)
     many["per_class"] = {str(i): many["per_class"]["x"] for i in range(10)}  # 10 × .01 > .05
     assert "No class shows a significant difference" in report._classes(many)

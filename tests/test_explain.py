@@ -389,6 +389,18 @@ def test_agreement_is_the_rank_correlation_of_the_same_method_and_class(capsys):
     assert other.endswith("b_occlusion_predicted, mean (images): +1.00 where both are right (2)")
 
 
+def test_the_ends_of_a_colour_bar_say_where_values_are_clipped():
+    axes, maps = figures.Figure().subplots(), torch.linspace(-2, 4, 9).view(1, 3, 3)
+    for scale, ends in (("positive", ["≤0", "4"]), ("signed", ["−4", "0", "4"])):
+        norm = figures.SCALES[scale].norm(maps)
+        figures._color_bar(axes.imshow(maps[0].numpy(), norm=norm), ax=axes)
+        bar = axes.figure.axes[-1]
+        assert [text.get_text() for text in bar.get_yticklabels()] == ends
+    uniform = figures.SCALES["uniform"].norm(maps)
+    figures._color_bar(axes.imshow(maps[0].abs().numpy(), norm=uniform), ax=axes)
+    assert axes.figure.axes[-1].get_yticklabels()[0].get_text() == "≤0.25"
+
+
 def test_a_map_of_zeros_is_neutral():
     scale = figures.SCALES["signed"]
     assert scale.strength(np.asarray(scale.norm(torch.zeros(1, 2, 2))(0.0))) == 0

@@ -164,6 +164,7 @@ def test_the_command_to_resume_keeps_the_flags_of_one_that_resumes():
     stop.saved, stop.out_dir = True, Path("my runs/a")
     said = stopping.how_to_resume(stop, "x.py", ["--epochs", "3"])
     assert said.endswith("python x.py --resume --out-dir 'my runs/a'")
+    assert stopping.how_to_resume(stop, "x.py", ["--compile"]).endswith("'my runs/a' --compile")
     argv = ["--resume", "--out-dir", "a", "--data-dir", "moved"]
     assert stopping.how_to_resume(stop, "x.py", argv).endswith("--data-dir moved")
 

@@ -32,7 +32,7 @@ from checkpoint import (
     self_test,
 )
 from data import load_data
-from models import CNN, MODELS, ViT
+from models import CNN, MODELS, ViT, build_model
 from optimizers import Muon, muon_and_adamw
 from settings import choose_amp
 from training import TrainingSettings, lr_at, mixed_seed, update_average
@@ -651,6 +651,15 @@ def test_weights_ruined_by_the_last_step_are_not_saved(tmp_path, fails, lr, frac
     assert "the weights are no longer finite" in line and not list(tmp_path.glob("*.pt"))
 
 
+def test_statistics_of_batch_norm_that_are_not_finite_are_not_saved(tmp_path, fails):
+    """The norms hide the scale of the weights, so the loss stays finite. Loading would refuse."""
+    argv = ["--dataset", "digits", "--recipe", "fast", "--limit-batches", 4, "--epochs", 1]
+    argv += [*TINY_CNN, "--val-fraction", 0, "--muon-lr", "1e25", "--out-dir", tmp_path]
+    line = fails(train_cnn.main, *argv)
+    assert "or the weights are no longer finite" in line and "--muon-lr" in line
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_finished_run_says_so(trained, capsys):
     before = trained["cnn"].with_name("last.pt").read_bytes()
     train_cnn.main(["--resume", "--out-dir", str(trained["cnn"].parent)])
@@ -688,6 +697,11 @@ def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
     train_vit.main([*argv[:-2], "--out-dir", str(tmp_path / "alone")])
     taught, alone = (load_checkpoint(tmp_path / d / "best.pt") for d in ("taught", "alone"))
     assert taught["settings"]["teacher"] == str(trained["cnn"])
+    model = build_model("vit", taught["model_config"])
+    prepare.load_teacher(trained["cnn"], tmp_path, taught, model)
+    taught["dataset"]["teacher"][0] += 1
+    with pytest.raises(cli.UserError, match="it has changed since this run was started"):
+        prepare.load_teacher(trained["cnn"], tmp_path, taught, model)
     assert taught["history"][0]["train_loss"] != alone["history"][0]["train_loss"]
 
     state = load_checkpoint(trained["cnn"])
@@ -729,6 +743,8 @@ def test_a_vit_learns_from_a_teacher(trained, photos, tmp_path, fails):
         (["--val-fraction", "0.001"], "--val-fraction 0.001"),
         (["--dim", "400000000"], "--dim 400000000 --depth 2"),
         (["--mlp-ratio", "1e300"], "is too large"),
+        (["--mlp-ratio", "1e308"], "is too large"),
+        (["--weight-decay", "1e39"], "--weight-decay: '1e39' is not a number from 0"),
     ],
 )
 def test_bad_flags(tmp_path, fails, argv, says):
