@@ -280,7 +280,7 @@ def test_train_peer(peer, parameters, photos, tmp_path, capsys):
     assert result["finished"] is True and result["seconds"] > 0
     assert 0 <= result["val_accuracy"] <= 1 and 0 <= result["test_accuracy"] <= 1
     assert result["parameters"] == pytest.approx(parameters, rel=0.05)
-    assert training.lr_at is common.training.lr_at and training.lr_at.__name__ == "lr_at"
+    assert training.lr_at.__name__ == "lr_at"
 
 
 def test_stopped_peer_is_measured(photos, monkeypatch, capsys):
@@ -359,6 +359,15 @@ def test_seeds(results, photos, tmp_path, monkeypatch, fails):
     assert (row["test_std"] or 0) == round(statistics.stdev(tests), 4)
 
 
+def test_seeds_measures_what_evaluate_measures(trained, tmp_path, numbers_only):
+    evaluate.main([str(trained["cnn"]), "--out-dir", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "metrics.json").read_text()).values()
+    history, found = load_checkpoint(trained["cnn"])["history"], seeds.measure(trained["cnn"], 0)
+    assert found["test_accuracy"] == pytest.approx(row["accuracy"])
+    assert found["seconds_to_target"] == round(history[0]["seconds"], 1) < found["seconds"]
+    assert seeds.measure(trained["cnn"], 1.01)["seconds_to_target"] is None
+
+
 def test_seeds_refuses_an_unfinished_run(results, photos, tmp_path, fails, monkeypatch):
     argv = ["cnn", "--seeds", "0", "--target", "0", "--out-dir", str(tmp_path), *results.flags]
 
@@ -431,12 +440,6 @@ def test_originals(results, teacher, photos, tmp_path, capsys, fails):
     assert "95%" in capsys.readouterr().out
     copy.unlink()
     assert "not the images of" in fails(originals.main, teacher, *folders, tmp_path / "jpeg")
-
-
-def test_wilsons_interval():
-    """Newcombe 1998 (Stat. Med. 17, 857), table I: 81 of 263 gives .2553 to .3662."""
-    expected = pytest.approx([0.308, 0.2553, 0.3662], abs=1e-4)
-    assert originals.with_interval(81, 263) == expected
 
 
 def assert_curves(folder, history):

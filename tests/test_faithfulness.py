@@ -214,6 +214,14 @@ def test_identical_maps_are_scored_once(trained, monkeypatch, capsys):
     curves = scores["mean"]["grad-cam"]["curves"]
     torch.testing.assert_close(curves["deletion"][:, 0], p, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(curves["insertion"][:, -1], p, rtol=1e-4, atol=1e-5)
+    chance = scores["mean"]["chance"]["curves"]["deletion"][:, 0]
+    torch.testing.assert_close(chance, p, rtol=1e-4, atol=1e-5)
+    network, ((images, _),) = models[0].network, models[0].batches(split)
+    predicted, A = network(images).argmax(1), network.forward_features(images)
+    weights = network.head.weight[predicted] / A[0, 0].numel()  # the mean over the map, then linear
+    torch.testing.assert_close(
+        maps["grad-cam"], torch.einsum("bk,bkhw->bhw", weights, A), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

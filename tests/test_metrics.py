@@ -55,6 +55,13 @@ def test_scores_are_those_of_scikit_learn(case):
     assert ours["confusion_matrix"] == sk.confusion_matrix(labels, guess, labels=ids).tolist()
     assert ours["confidence"] == pytest.approx(p.max(1).mean())
     assert ours["coverage"]["100%"] == pytest.approx(ours["accuracy"])
+    right, N = guess == labels, len(labels)
+    assert ours["accuracy_interval"] == pytest.approx(metrics.wilson(right.sum(), N))
+    for i in present:
+        expected = metrics.wilson(right[labels == i].sum(), (labels == i).sum())
+        assert ours["per_class"][CLASSES[i]]["recall_interval"] == pytest.approx(expected)
+    curve = metrics.accuracy_by_coverage(p, labels)
+    assert ours["coverage"]["80%"] == pytest.approx(curve[max(1, N * 4 // 5) - 1])
     json.dumps(ours, allow_nan=False)
 
 
@@ -186,7 +193,12 @@ def test_seeds_are_averaged_and_recipes_compared():
     assert group["std"] == pytest.approx(np.std(accuracies[:3], ddof=1))
     assert [(pair["first"], pair["second"]) for pair in found["pairs"]] == [
         ("a", "d"), ("b", "d"), ("c", "d")]  # fmt: skip
-    assert found["ensemble"]["accuracy"] == (np.mean(p, axis=0).argmax(1) == labels).mean()
+    assert group["mean"] == pytest.approx(np.mean(accuracies[:3]))
+    ensemble, best = found["ensemble"], max("abcd", key=lambda name: named[name]["accuracy"])
+    assert ensemble["accuracy"] == (np.mean(p, axis=0).argmax(1) == labels).mean()
+    assert ensemble["best"] == best
+    gain = ensemble["accuracy"] - named[best]["accuracy"]
+    assert ensemble["difference"] == pytest.approx(gain)
     named["b"]["seed"] = 0  # best.pt and last.pt of one run
     again = metrics.compare_all(named, ["one", "one", "one", "two"], p, labels, list("xyz"))
     assert not again["recipes"] and len(again["pairs"]) == 6

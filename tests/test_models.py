@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
-from models import CNN, Attention, ViT, build_model, count_multiply_adds, count_parameters
+from models import CNN, Attention, Block, ViT, build_model, count_multiply_adds, count_parameters
 from train_cnn import RECIPE as CNN_RECIPE
 from train_vit import RECIPE as VIT_RECIPE
 
@@ -44,6 +44,19 @@ def test_sizes_are_those_that_readme_says(name, parameters, millions, most):
 def test_stochastic_depth_grows_with_the_block():
     blocks = ViT(depth=4, drop_path=0.3).blocks
     assert [block.drop_path.p for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_each_half_of_a_block_is_skipped_or_doubled_for_each_image():
+    torch.manual_seed(0)
+    block, x, found = Block(8, 2, 2.0, drop_path=0.5), torch.randn(64, 5, 8), []
+    with torch.no_grad():
+        out = block(x)
+        for attention, mlp in ((0, 0), (0, 2), (2, 0), (2, 2)):  # 2 = 1 / (1 - .5)
+            y = x + attention * block.attention(block.norm1(x))
+            y = y + mlp * block.mlp(block.norm2(y))
+            found.append((out - y).abs().amax((1, 2)) < 1e-5)
+    assert torch.stack(found).sum(0).tolist() == [1] * 64
+    assert min(each.sum() for each in found) > 5
 
 
 def test_positions_are_sines_and_cosines():

@@ -195,6 +195,9 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(tmp_path, interrupt
         assert torch.equal(tensor, bests[1]["model"][name]), name
     for a, b in zip(leaves(whole["optimizer"]), leaves(parts["optimizer"]), strict=True):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    for run in (whole, parts):  # 5 batches of 32 in an epoch
+        seconds = np.diff([0, *(row["seconds"] for row in run["history"])])
+        assert [row["images_per_second"] for row in run["history"]] * seconds == pytest.approx(160)
 
 
 def test_checkpoints_rebuild_their_model_and_say_what_they_saw(trained):
@@ -463,14 +466,16 @@ def linear_and_batches():
 
 
 def test_steps_are_those_of_gradient_descent_written_out(tmp_path):
-    """Rate, smoothed loss, clipping and momentum, from their definitions."""
+    """Rate, smoothed loss, clipping, momentum and average, from their definitions."""
     model, batches, optimizer = linear_and_batches()
     w, b = (p.detach().clone() for p in model.parameters())
-    state = train_linear(tmp_path, batches, model, optimizer)
+    state = train_linear(tmp_path / "hard", batches, model, optimizer, ema_decay=0.2)
     velocity, norms = [torch.zeros_like(w), torch.zeros_like(b)], []
+    average, right = w.clone(), []
     for step in range(6):
         x, y = batches[step % 3]
         x = x.flatten(1)
+        right.append(((x @ w.T + b).argmax(1) == y).sum().item())
         targets = 0.8 * torch.eye(5)[y] + 0.2 / 5
         error = ((x @ w.T + b).softmax(1) - targets) / 8  # gradient of the mean cross-entropy
         gradients = [error.T @ x, error.sum(0)]
@@ -479,11 +484,33 @@ def test_steps_are_those_of_gradient_descent_written_out(tmp_path):
         for parameter, g, v in zip((w, b), gradients, velocity, strict=True):
             v.mul_(0.9).add_(g * min(1, 0.05 / norms[-1]))
             parameter -= lr * v
+        average.lerp_(w, 1 - min(0.2, (2 + step) / (11 + step)))
+    torch.testing.assert_close(state["ema"]["1.weight"], average, atol=1e-5, rtol=0)
     torch.testing.assert_close(state["model"]["1.weight"], w, atol=1e-5, rtol=0)
     torch.testing.assert_close(state["model"]["1.bias"], b, atol=1e-5, rtol=0)
     means = [sum(norms[:3]) / 3, sum(norms[3:]) / 3]
     assert min(norms) > 0.05  # each was clipped
     assert [row["grad_norm"] for row in state["history"]] == pytest.approx(means, rel=1e-4)
+    accuracies = [row["train_accuracy"] for row in state["history"]]
+    assert accuracies == [sum(right[:3]) / 24, sum(right[3:]) / 24]
+    model, batches, optimizer = linear_and_batches()
+    soft = [(x, torch.eye(5)[y]) for x, y in batches]  # class probabilities
+    state = train_linear(tmp_path / "soft", soft, model, optimizer)
+    assert [row["train_accuracy"] for row in state["history"]] == accuracies
+
+
+def test_a_network_draws_other_numbers_in_each_step_epoch_and_seed(tmp_path):
+    drawn = []
+
+    def draw(network, *_):
+        if network.training:
+            drawn.append(torch.rand(()).item())
+
+    for seed in (0, 1):
+        model, batches, optimizer = linear_and_batches()
+        model.register_forward_hook(draw)
+        train_linear(tmp_path / str(seed), batches, model, optimizer, seed=seed)
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 3
 
 
 def test_gradients_are_unscaled_before_they_are_clipped(tmp_path, monkeypatch):
