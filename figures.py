@@ -247,7 +247,8 @@ def plot_statistics(tables: dict, similarity: torch.Tensor | None, title: str) -
     """
     count = len(tables) + (similarity is not None)
     L, heads = next(iter(tables.values()))[0].shape
-    figure = Figure(figsize=(4.2 * count, max(3.6, 0.35 * L + 1.6)), layout="constrained")
+    size = max(4.2, 0.26 * heads) * count, max(3.6, 0.35 * L + 1.6)
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(f"{title}. It does not tell why a class was chosen.")
     panels = figure.subplots(1, count)
     for axes, (name, (values, uniform)) in zip(panels, tables.items(), strict=False):

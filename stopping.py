@@ -78,9 +78,8 @@ def how_to_resume(stop: Stopped, script: str, argv=(), run_id: str | None = None
     if not stop.saved:
         return "stopped before the first checkpoint was saved: run the same command again"
     start = "the same torchrun command with" if run_id else "python"
-    again = ["--resume", "--out-dir", str(stop.out_dir), *["--compile"] * ("--compile" in argv)]
-    again = argv if "--resume" in argv else again
+    own = ["--resume", "--out-dir", str(stop.out_dir), *["--compile"] * ("--compile" in argv)]
     return (
         f"stopped after a step. To resume (the epoch is repeated): {start} {Path(script).name} "
-        + shlex.join(again)
+        + shlex.join(argv if "--resume" in argv else own)
     )

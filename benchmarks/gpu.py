@@ -93,8 +93,7 @@ def run_jobs(args, jobs: list[Job]) -> dict:
                     finish(args, job, process, results)
                     del running[name]
             others = [*waiting, *(job for job, _ in running.values())]
-            free = (job for job in waiting if not needs(args, job, others))
-            job = next(free, None)
+            job = next((job for job in waiting if not needs(args, job, others)), None)
             if waiting and job is None and not running:
                 names = ", ".join(job.name for job in waiting)
                 raise UserError(f"{args.plan}: each of {names} waits for another")

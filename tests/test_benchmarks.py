@@ -332,7 +332,8 @@ def test_train_for_uses_the_schedule_and_restores_what_it_replaces():
 
 
 def test_seeds(results, photos, tmp_path, monkeypatch, fails):
-    argv = ["cnn", "--seeds", "0", "1", "--target", "0", "--out-dir", str(tmp_path), *results.flags]
+    argv = ["cnn", "--seeds", "0", "1", "0", "--target", "0", "--out-dir", str(tmp_path)]
+    argv += results.flags
     flags = ["--dataset", "folder", "--data-dir", str(photos), "--epochs", "1", "--pictures", "off"]
     seeds.main([*argv, "--", *flags])
     with monkeypatch.context() as patched:
@@ -354,6 +355,8 @@ def test_seeds(results, photos, tmp_path, monkeypatch, fails):
     state = load_checkpoint(other)
     save_checkpoint(other, state | {"settings": state["settings"] | {"shift": 1}})
     assert "the runs differ in shift" in fails(seeds.main, *argv)
+    save_checkpoint(other, state | {"dataset": state["dataset"] | {"content": "others"}})
+    assert "the runs differ in images" in fails(seeds.main, *argv)
     tests = [run["test_accuracy"] for run in row["runs"]]
     assert row["test_mean"] == round(statistics.mean(tests), 4)
     assert (row["test_std"] or 0) == round(statistics.stdev(tests), 4)
