@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py benchmarks/plans/speed.txt --data-dir data/cifar10-jpeg --out-dir gpu
 
-A line of a plan is `name: script flags`, or a comment that starts with #. DATA stands for
---data-dir, OUT for --out-dir. Training scripts get `--dataset folder --data-dir DATA --pictures
-off --out-dir OUT/runs/name` too. At most --at-once commands run at a time, in the order of the
+A line of a plan is `name: script flags`, or a comment that starts with #. OUT stands for
+--out-dir. Training scripts get `--dataset folder --data-dir DIR --pictures off --out-dir
+OUT/runs/name` too. At most --at-once commands run at a time, in the order of the
 plan. One that reads a file of another run, as `--teacher OUT/runs/cnn/best.pt` does, waits for
 that run. Side by side they share the GPU, so their times do not measure speed.
 
@@ -63,22 +63,20 @@ def read_plan(args) -> list[Job]:
         lines = args.plan.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{args.plan}: cannot be read ({error})") from None
-    folders = {"DATA": str(args.data_dir), "OUT": str(args.out_dir)}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, _, words = line.partition(":")
-        words = [re.sub(r"\b(DATA|OUT)\b", lambda m: folders[m[0]], w) for w in words.split()]
+        words = [re.sub(r"\bOUT\b", lambda _: str(args.out_dir), w) for w in words.split()]
         if not re.fullmatch(r"\w[\w.-]*", name) or not words or not (ROOT / words[0]).is_file():
             raise UserError(f"{args.plan}, line {number}: use `name: script flags`")
         if name in {job.name for job in jobs}:
             raise UserError(f"{args.plan}, line {number}: there are two commands named {name}")
         job = Job(name, ROOT / words[0], words[1:])
         if job.script.stem in TARGETS:
-            job.argv += ["--dataset", "folder", "--data-dir", folders["DATA"], "--pictures", "off"]
-            job.argv += ["--out-dir", str(job.best(args.out_dir).parent)]
-        if args.tiny and "train" in job.script.stem:
-            job.argv += TINY
+            job.argv += ["--dataset", "folder", "--data-dir", str(args.data_dir)]
+            job.argv += ["--pictures", "off", "--out-dir", str(job.best(args.out_dir).parent)]
+            job.argv += TINY if args.tiny else []
         jobs.append(job)
     return jobs
 

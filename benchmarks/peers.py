@@ -44,47 +44,6 @@ class NotebookViT(nn.Module):
         return self.head(self.blocks(self.dropout(x))[:, 0])
 
 
-class SeparableLayer(nn.Sequential):
-    """Batch norm, depthwise 5×5, GELU, batch norm, pointwise, GELU."""
-
-    def __init__(self, ins: int, outs: int, stride: int = 1):
-        super().__init__(
-            nn.BatchNorm2d(ins),
-            nn.Conv2d(ins, ins, 5, stride, 2, groups=ins, bias=False),
-            nn.GELU(),
-            nn.BatchNorm2d(ins),
-            nn.Conv2d(ins, outs, 1, bias=False),
-            nn.GELU(),
-        )
-
-
-class SeparableResNet(nn.Module):
-    """Pre-activation separable-resnet (pierandom/separable-resnet), 64, 128, 256 wide.
-
-    Four blocks a stage make the .44M of its published table (three, as its code has, .35M).
-    """
-
-    def __init__(self, classes: int = 10, depth: int = 4):
-        super().__init__()
-        self.stem = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 64, 1, bias=False), nn.GELU())
-        downs = (nn.Identity(), SeparableLayer(64, 128, 2), SeparableLayer(128, 256, 2))
-        self.downs = nn.ModuleList(downs)
-        self.stages = nn.ModuleList(
-            nn.ModuleList(SeparableLayer(width, width) for _ in range(depth))
-            for width in (64, 128, 256)
-        )
-        self.head = nn.Linear(256, classes)
-
-    def forward(self, x):
-        """Images (B, 3, H, W) -> logits (B, C)."""
-        x = self.stem(x)
-        for down, stage in zip(self.downs, self.stages, strict=True):
-            x = down(x)
-            for block in stage:
-                x = (x + block(x)) / 2**0.5
-        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
 class ResNet20(nn.Module):
     """ResNet-20 for CIFAR: 269,722 parameters (He et al. 2016, arXiv 1512.03385, sec. 4.2).
 

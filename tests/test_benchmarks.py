@@ -32,7 +32,6 @@ import peers
 import seeds
 import shortcut
 import throughput
-import train_peer
 import unbalanced
 
 import evaluate
@@ -47,7 +46,7 @@ from data import load_data
 CLASSES = ["bright", "dark"]  # of the fixture `photos`
 SCRIPTS = (
     "ablation alternatives curves explain_cost gpu make_jpeg_copy make_photos notebook originals "
-    "seeds shortcut throughput train_peer unbalanced"
+    "seeds shortcut throughput unbalanced"
 ).split()
 PACKAGES = {"make_photos": "skimage", "notebook": "lightning"}
 
@@ -60,8 +59,6 @@ def tiny(monkeypatch):
     for script, sizes in ((train_cnn, cnn), (train_vit, vit)):
         for key, value in (sizes | {"batch_size": 8}).items():
             monkeypatch.setitem(script.RECIPE, key, value)
-    for peer in train_peer.SETTINGS.values():
-        monkeypatch.setitem(peer, "batch_size", 2)
 
 
 @pytest.fixture
@@ -106,7 +103,6 @@ def test_help(name, capsys):
         ("seeds", ["cnn", "--target", "83.1"]),
         ("seeds", ["cnn", "--target", ".5", "--seeds", "-1"]),
         ("throughput", ["cnn", "--rounds", "1.5"]),
-        ("train_peer", ["vit", "--data-dir", "x", "--limit-batches", "0"]),
     ],
 )
 def test_bad_number(name, argv, fails):
@@ -269,30 +265,6 @@ def test_alternating_flip_mirrors_each_image_in_every_second_epoch(photos):
     assert 0 < sum(mirrored[0]) < 21 and sum(mirrored[0]) + sum(same[0]) == 21
 
 
-@pytest.mark.parametrize(("peer", "parameters"), [("separable", 437_002), ("vit", 2_700_000)])
-def test_train_peer(peer, parameters, photos, tmp_path, capsys):
-    out = tmp_path / "result.json"
-    argv = [peer, "--data-dir", str(photos), "--epochs", "1", "--limit-batches", "1"]
-    train_peer.main([*argv, "--out", str(out)])
-    result = json.loads(out.read_text())
-    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["peer"], result["seed"], result["epochs"]) == (peer, 0, 1)
-    assert result["finished"] is True and result["seconds"] > 0
-    assert 0 <= result["val_accuracy"] <= 1 and 0 <= result["test_accuracy"] <= 1
-    assert result["parameters"] == pytest.approx(parameters, rel=0.05)
-    assert training.lr_at.__name__ == "lr_at"
-
-
-def test_stopped_peer_is_measured(photos, monkeypatch, capsys):
-    def stopped(*args, **settings):
-        sys.exit(143)
-
-    monkeypatch.setattr(train_peer, "train_for", stopped)
-    train_peer.main(["separable", "--data-dir", str(photos)])
-    result = json.loads(capsys.readouterr().out)
-    assert result["finished"] is False and 0 <= result["test_accuracy"] <= 1
-
-
 def test_a_signal_ends_a_benchmark():
     class Interrupted(list):
         def __iter__(self):
@@ -303,18 +275,8 @@ def test_a_signal_ends_a_benchmark():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     batches = Interrupted([(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))] * 2)
-    with pytest.raises(SystemExit, match="143"):  # which train_peer.py catches
+    with pytest.raises(SystemExit, match="143"):
         common.train_for(model, optimizer, batches, None, classes=2)
-
-
-def test_schedules_of_the_peers():
-    rates = [train_peer.cosine_restarts(step, 60, 0.0, 0.1, epochs=60) for step in range(60)]
-    assert rates[:16] == [0.1] * 16 and rates[30] == 0.1  # each cosine starts at the peak
-    assert rates[22] > 0.05 > rates[23] and rates[29] < 0.002
-    assert rates[45] == pytest.approx(0.05)  # the second cosine has 30 epochs
-    rates = [train_peer.cosine(step, 100, 0.0, 1.0) for step in range(101)]
-    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
-    assert rates[100] == pytest.approx(0) and rates[:5] < rates[1:6]
 
 
 def test_train_for_uses_the_schedule_and_restores_what_it_replaces():
@@ -487,8 +449,8 @@ def plan_of(tmp_path, photos, *lines, **settings):
 
 def test_gpu(photos, tmp_path, capsys, fails):
     lines = "cnn-seed0: train_cnn.py", "vit: train_vit.py --teacher OUT/runs/cnn-seed0/best.pt"
-    peer = "peer: benchmarks/train_peer.py vit --data-dir DATA --out OUT/peer.json"
-    plan, out_dir = plan_of(tmp_path, photos, *lines, peer).plan, tmp_path / "out"
+    speed = "speed: benchmarks/throughput.py cnn --rounds 1 --steps 1 --results OUT/speed.jsonl"
+    plan, out_dir = plan_of(tmp_path, photos, *lines, speed).plan, tmp_path / "out"
     argv = [str(plan), "--data-dir", str(photos), "--out-dir", str(out_dir), "--tiny"]
     gpu.main(argv)
     out = capsys.readouterr().out
@@ -499,7 +461,7 @@ def test_gpu(photos, tmp_path, capsys, fails):
         assert f"\n{name} " in out and "best validation" in (out_dir / f"{name}.log").read_text()
         _, checkpoint = load_model(out_dir / f"{name}.pt")
         assert checkpoint["classes"] == CLASSES and checkpoint["optimizer"] is None
-    assert json.loads((out_dir / "peer.json").read_text())["epochs"] == 2
+    assert json.loads((out_dir / "speed.jsonl").read_text())["model"] == "cnn"
     assert "has runs already" in fails(gpu.main, *argv)
 
 
@@ -551,7 +513,6 @@ def test_plans_are_understood(plan, photos, tmp_path, monkeypatch):
 
     for script in (train_cnn, train_vit):
         monkeypatch.setattr(script, "prepare", stop)
-    monkeypatch.setattr(train_peer, "train_peer", stop)
     monkeypatch.setattr(throughput, "measure", stop)
     args = plan_of(tmp_path, photos, plan=plan)
     for job in gpu.read_plan(args):
