@@ -53,6 +53,15 @@ def test_rows_of_the_confusion_figure_are_true_classes():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
+def test_large_confusion_matrices_have_a_scale_instead_of_numbers():
+    labels = np.arange(charts.MAX_BARS + 1)
+    names = [f"c{label}" for label in labels]
+    axes, scale = charts.plot_confusion(
+        {"m": measure(np.eye(len(labels)), labels, names)}, names
+    ).axes
+    assert not axes.texts and scale.get_ylabel() == "fraction of the true class"
+
+
 def test_a_folder_with_test_alone_is_measured_whole(photos, tmp_path, numbers_only):
     """Trained on one folder, measured on all of another, which has nothing to train on."""
     argv = ["--dataset", "folder", "--data-dir", photos, "--batch-size", 8, "--epochs", 1]

@@ -404,3 +404,11 @@ def test_the_ends_of_a_colour_bar_say_where_values_are_clipped():
 def test_a_map_of_zeros_is_neutral():
     scale = figures.SCALES["signed"]
     assert scale.strength(np.asarray(scale.norm(torch.zeros(1, 2, 2))(0.0))) == 0
+
+
+@pytest.mark.parametrize("heads", [figures.MAX_HEADS, figures.MAX_HEADS + 1])
+def test_many_heads_have_a_scale_instead_of_numbers(heads):
+    tables = dict.fromkeys(("entropy", "distance"), (torch.rand(2, heads), 1.0))
+    axes = figures.plot_statistics(tables, None, "vit").axes
+    many = heads > figures.MAX_HEADS
+    assert (len(axes[0].texts), len(axes)) == ((0, 4) if many else (2 * heads, 2))

@@ -200,6 +200,7 @@ def test_what_is_said_of_methods_and_controls(capsys):
             "above center: weak\n"
             in out
         )
+    assert "not corrected for their number" in out
 
 
 def test_identical_maps_are_scored_once(trained, monkeypatch, capsys):
