@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import distributed
-from batches import Batches, batch_size_to_explain, batch_size_without_training, predict
+from batches import Batches, batch_size_without_training, predict
 from checkpoint import load_model, make_metadata
 from cli import UserError, naming, printable, quoted, use_device, warn
 from data import Data, Split, load_data
@@ -262,9 +262,9 @@ class TrainedModel:
 
     def batches(self, split: Split, *, explain: bool = False) -> Batches:
         """A split's images as the network takes them; `explain`: fewer at a time."""
-        size, device = split.images.shape[-1], next(self.network.parameters()).device
-        few, many = batch_size_to_explain, batch_size_without_training
-        count = few(self.network, size) if explain else many(size)
+        count = batch_size_without_training(split.images.shape[-1])
+        count = max(1, count // 16) if explain else count  # 31 images of 32×32 fit into the cache
+        device = next(self.network.parameters()).device
         mean, std = self.checkpoint["mean"], self.checkpoint["std"]
         return Batches(split, count, mean=mean, std=std, device=device)
 

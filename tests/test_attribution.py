@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 import attribution
 from attribution import METHODS, attribute, forward_pass
-from batches import batch_size_to_explain
 from models import CNN, ViT
 
 MAP_METHODS = ["grad-cam", "layer-cam", "occlusion", "input-x-gradient"]
@@ -347,4 +346,3 @@ def test_a_network_that_offers_nothing_that_can_be_used(found):
     default, reasons = attribution.methods_for(Aside(found), 32)
     assert default == (["attention"] if found else ["occlusion"])
     assert ("do not depend" in reasons["relevance"]) == bool(found)
-    assert batch_size_to_explain(Aside(found), 32) == 64

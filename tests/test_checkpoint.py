@@ -9,7 +9,6 @@ from conftest import ROOT
 
 import checkpoint
 import evaluate
-import explain
 import train_vit
 from cli import UserError
 from prepare import load_data_for, load_models
@@ -109,13 +108,12 @@ def damaged(kind, good, folder):
         ("compressed", "not a checkpoint"),
     ],
 )
-@pytest.mark.parametrize("script", [evaluate, explain])
 def test_what_is_no_checkpoint_is_refused_in_one_line(
-    kind, says, script, trained, tmp_path, fails, monkeypatch
+    kind, says, trained, tmp_path, fails, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     path = damaged(kind, trained["cnn"], tmp_path)
-    line = fails(script.main, path)
+    line = fails(evaluate.main, path)
     assert says in line and str(path) in line
     assert not (tmp_path / "it-ran").exists()
 

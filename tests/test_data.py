@@ -286,14 +286,6 @@ def test_cifar10_is_read_from_a_read_only_folder(tmp_path, monkeypatch):
     assert torch.equal(first.train.images, again.train.images)
 
 
-def test_damaged_cifar10_archive_is_refused(tmp_path, monkeypatch):
-    make_archive(tmp_path, monkeypatch)
-    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere")
-    (tmp_path / CIFAR10.filename).write_bytes(b"half of it")
-    with pytest.raises(UserError, match="cannot get CIFAR-10"):
-        load_data("cifar10", tmp_path)
-
-
 def test_a_broken_connection_is_no_fault_of_the_disk(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise ConnectionResetError(104, "Connection reset by peer")
@@ -333,31 +325,6 @@ def test_cache_is_used_and_a_changed_folder_invalidates_it(photos, tmp_path, mon
     changed = load_data("folder", photos)
     assert len(calls) == 32 and len(list(photos.glob(".cache-32-*.bin"))) == 1
     assert changed.test.rows([4])[0].flatten(2)[0, :, 0].tolist() == [255, 0, 0]
-
-
-def test_jpeg_copy_keeps_order_and_classes(tmp_path, monkeypatch):
-    """benchmarks/make_jpeg_copy.py: what it wrote is what Pillow's default JPEG makes of it."""
-    import io
-
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from make_jpeg_copy import write_copy
-
-    class Source(list):
-        classes = ("cat", "dog")
-
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in "1234"]
-    write_copy(Source(zip(pictures, (1, 0, 1, 1), strict=True)), tmp_path)
-    written = ("dog/0000.jpg", "cat/0000.jpg", "dog/0001.jpg", "dog/0002.jpg")
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.jpg")) == sorted(
-        written
-    )
-    for picture, name in zip(pictures, written, strict=True):
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=75)
-        assert np.array_equal(
-            np.asarray(Image.open(buffer)), np.asarray(Image.open(tmp_path / name))
-        )
 
 
 def save_solid(path, color=(200, 30, 90), size=(8, 8)):
