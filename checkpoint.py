@@ -325,12 +325,21 @@ def training_state(network, optimizer, scaler, ema) -> dict:
     }
 
 
-def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple[int, dict, list]:
+def restore(
+    checkpoint: dict, network, optimizer, scaler, ema, settings, total_steps: int
+) -> tuple[int, dict, list]:
     """Load the training state of out_dir/last.pt; return its step, best epoch and history.
 
-    Raises UserError: it does not fit, as after a change of models.py or of the optimizer.
+    Raises UserError: it does not fit, as after a change of models.py or of the optimizer; or an
+    epoch now has another number of steps.
     """
-    path, groups = Path(out_dir) / "last.pt", optimizer.param_groups
+    path, groups = Path(settings.out_dir) / "last.pt", optimizer.param_groups
+    had, now = checkpoint["step"] // checkpoint["epoch"], total_steps // settings.epochs
+    if had != now:
+        raise UserError(
+            f"--resume: the epochs of {path} have {had} steps, and now have {now}: use the same "
+            "batches, or start again (--overwrite)"
+        )
     try:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -178,7 +178,8 @@ def stratified_split(labels, indices, fraction, what, advice, classes, *, every=
         first, second = train_test_split(
             indices.numpy(),
             test_size=fraction,
-            stratify=labels[indices].numpy(),
+            # By name: so the split does not depend on the order of the classes.
+            stratify=[classes[label] for label in labels[indices].tolist()],
             random_state=SPLIT_SEED,
         )
         enough = not every or len(labels[second].unique()) == len(labels[indices].unique())

@@ -33,7 +33,14 @@ from examples import draw_explained
 from figures import in_our_style
 from metrics import METRICS, choose_mistakes, compare_all, fit_temperature, measure, probabilities
 from models import count_multiply_adds, count_parameters
-from prepare import TrainedModel, expand_patterns, load_data_for, load_models, same_images
+from prepare import (
+    TrainedModel,
+    expand_patterns,
+    load_data_for,
+    load_models,
+    same_images,
+    trained_before,
+)
 from settings import CHANGEABLE
 
 MAX_DRAWN = 3  # pairs of checkpoints, and checkpoints with their mistakes, in figures
@@ -124,7 +131,8 @@ def measure_robustness(model: TrainedModel, split: Split, classes: list[str]) ->
 def recipe(model: TrainedModel) -> str:
     """What two training runs share that differ in the seed alone; of unknown settings, the file."""
     c = model.checkpoint
-    same = {k: v for k, v in c["settings"].items() if k not in {*CHANGEABLE, "seed", "run_id"}}
+    others = {*CHANGEABLE, "seed"} - {"amp"}
+    same = {k: v for k, v in c["settings"].items() if k not in others}
     images = {k: v for k, v in c["dataset"].items() if k not in ("data_dir", "drawn")}
     network = [c["model_name"], c["model_config"], c["classes"]]
     shared = [network, len(c["history"]), images, same or model.path]
@@ -238,8 +246,12 @@ def default_out_dir(args) -> Path:
 
 
 def own_validation(model: TrainedModel, data: Data, args) -> Split | None:
-    """The validation images that the model was chosen on, if there are others to measure it on."""
-    same = same_images(model.checkpoint["dataset"], data)
+    """The validation images that chose the model's epoch, if others are measured. Else None.
+
+    None too if the weights that it started from (--init) may have been trained on them.
+    """
+    trained_on = model.checkpoint["dataset"]
+    same = same_images(trained_on, data) and not trained_before("", trained_on, data, "val")
     return data.val if same and len(data.val) and args.split == "test" else None
 
 

@@ -47,6 +47,7 @@ SIDE, STEP = GRID, 4  # cells along each side; cells that are hidden at a time
 CELLS = SIDE * SIDE
 CONTROLS = ("random", "center", "edges")
 RANDOM_ORDERS = 3  # random orders whose mean is chance
+FEW = 10  # with fewer images a bootstrap interval is too narrow
 
 # ---------------------------------------------------------------- maps and ranks
 
@@ -286,6 +287,9 @@ def print_scores(name: str, scores: dict, summary: dict) -> None:
         texts = [f"{c['mean']:+.2f} ±{(c['high'] - c['low']) / 2:.2f}" for c in cells]
         rows.append([method, *texts])
     print(table(rows))
+    if len(next(iter(scores.values()))["random"]["SaCo"]) < FEW:
+        print(f"  (fewer than {FEW} images: too few to say which method is better)")
+        return
     for kind, fill in columns:
         own = {method: scores[fill][method][kind] for method in summary}
         methods = [method for method in own if method not in CONTROLS]

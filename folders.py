@@ -27,6 +27,7 @@ SPLITS = {  # names of the folders of a split
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+DECODER = 1  # in the name of the cache: raise it when images are decoded in another way
 HIDDEN = (".", "@eaDir")  # such as ._x.jpg of macOS; thumbnails of Synology
 MAX_NAMED = 10  # files in a message
 DARK = 2**14  # of 65,535: 16-bit images below look black, and hold fewer bits
@@ -193,7 +194,7 @@ def decoded_images(root: Path, listing: Listing, size: int) -> tuple[torch.Tenso
     Raises UserError: files cannot be read, or the cache cannot be written or is damaged.
     """
     stamps = digest_of(f"{file.name} {file.stamp}" for file in listing.files)
-    name, shape = f".cache-{size}-{stamps}.bin", (len(listing.files), 3, size, size)
+    name, shape = f".cache-{size}-{DECODER}-{stamps}.bin", (len(listing.files), 3, size, size)
     elsewhere = Path(torch.hub.get_dir()).parent / "images" / digest_of([str(root.resolve())])
     for folder in (root, elsewhere):
         cache = folder / name

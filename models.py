@@ -262,7 +262,12 @@ class ViT(nn.Module):
         enter it. The tokens that leave the last block are not among them: the logits do not depend
         on its patches.
         """
-        x = self.patchify(x).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, P, D)
+        x = self.patchify(x)  # (B, D, grid, grid)
+        if x.shape[2:] != (self.grid, self.grid):  # 4×16 patches would be as many as 8×8
+            raise ValueError(
+                f"images have {self.grid}×{self.grid} patches, not {tuple(x.shape[2:])}"
+            )
+        x = x.flatten(2).transpose(1, 2)  # (B, P, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = x + self.positions
         if self.training and keep is None and self.patches_in_training < self.grid**2:

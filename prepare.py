@@ -169,13 +169,14 @@ def trained_before(name: str, trained_on: dict, data: Data, split: str) -> str:
     """
     for images in (trained_on, *trained_on.get("before", ())):
         changed = images.get("content") not in (None, data.content)
-        differ = images["name"] == data.name and changed
+        differ = (images["name"] == data.name and changed) or not images["name"]
         if split == "val":
             differ = not same_images(images, data)
         if differ and split in {*data.drawn, *images.get("drawn", ())}:
+            known = "was trained on other images" if images["name"] else "does not know its images"
             return (
-                f"{name} was trained on other images. If some of them are in this {split} split, "
-                "accuracy on it is too high"
+                f"{name} {known}. If some of them are in this {split} split, accuracy on it is too "
+                "high"
             )
     return ""
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import distributed
 from batches import mixed_seed
 from checkpoint import check_finite, check_metadata, restore, save_epoch, training_state
+from cli import UserError
 from logs import close_logs, log_epoch, open_logs, remove_files
 from models import unwrap
 from optimizers import learning_rates
@@ -85,7 +86,7 @@ def train(
         group.setdefault("initial_lr", float(group["lr"]))  # its peak; phase 2 changes "lr"
     step, best, history, last = 0, None, [], checkpoint
     if checkpoint is not None:
-        step, best, history = restore(checkpoint, network, optimizer, scaler, ema, settings.out_dir)
+        step, best, history = restore(last, network, optimizer, scaler, ema, settings, total_steps)
     distributed.check_same(step)
     model = distributed.wrap(model)  # averages gradients over the processes, if there are several
     seconds = history[-1]["seconds"] if history else 0.0
@@ -100,6 +101,7 @@ def train(
         seen, points, started = 0, [], time.perf_counter()
 
         for images, labels in progress(train_batches, f"epoch {epoch}/{epochs}", steps_per_epoch):
+            check_size(images, metadata)
             seen += len(labels)
             images, labels = distributed.own_part(images.to(device), labels.to(device))
 
@@ -178,6 +180,19 @@ def progress(batches, title: str, steps: int):
     for batch in tqdm(itertools.islice(batches, steps), title, steps, leave=False, disable=None):
         yield batch
         stop_if_asked()
+
+
+def check_size(images: torch.Tensor, metadata: dict) -> None:
+    """Raise UserError if images (B, 3, H, W) are not of the size that the metadata say.
+
+    For evaluate.py and explain.py scale images to that size.
+    """
+    size, (height, width) = metadata["dataset"]["image_size"], images.shape[-2:]
+    if (height, width) != (size, size):
+        raise UserError(
+            f"the batches have images of {height}×{width} pixels, the metadata say {size}×{size}: "
+            "scale them, or use --image-size or make_metadata(..., dataset={'image_size': ...})"
+        )
 
 
 @contextlib.contextmanager

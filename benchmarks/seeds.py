@@ -86,7 +86,7 @@ def main(argv=None):
     rows, settings = [], {}
     for seed in dict.fromkeys(args.seeds):
         row, new = train_and_measure(args.network, seed, argv[len(own) + 1 :], args)
-        keys = {*new, *settings} - CHANGEABLE if rows else ()
+        keys = {*new, *settings} - (CHANGEABLE - {"amp"}) if rows else ()
         if differ := ", ".join(sorted(key for key in keys if new.get(key) != settings.get(key))):
             raise UserError(f"{args.out_dir}: the runs differ in {differ}: use another --out-dir")
         settings = new

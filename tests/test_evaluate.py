@@ -314,6 +314,7 @@ def test_runs_share_a_recipe_if_the_seed_alone_differs(trained):
     for part, key, value, same in (
         ("settings", "seed", 5, True),
         ("settings", "out_dir", "elsewhere", True),
+        ("settings", "amp", "bf16", False),
         ("settings", "lr", 9.0, False),
         ("dataset", "data_dir", "moved", True),
         ("dataset", "content", "changed", False),

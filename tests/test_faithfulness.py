@@ -201,6 +201,11 @@ def test_what_is_said_of_methods_and_controls(capsys):
             in out
         )
     assert "not corrected for their number" in out
+    few = {"mean": {name: dict.fromkeys(("deletion", "insertion", "SaCo"), value[:9])
+                    for name, value in values.items()}}  # fmt: skip
+    faithfulness.print_scores("cnn", few, faithfulness.summarise(few))
+    out = capsys.readouterr().out
+    assert "fewer than 10 images" in out and "best good" not in out
 
 
 def test_identical_maps_are_scored_once(trained, monkeypatch, capsys):

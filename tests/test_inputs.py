@@ -7,6 +7,7 @@ import shutil
 import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import prepare
 import train_cnn
 import train_vit
 from batches import CORRUPTIONS, Batches
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, make_metadata
 from cli import UserError
 from data import load_data
 from folders import read_image
@@ -690,8 +691,33 @@ def test_weights_to_start_from_may_have_seen_the_test_images(tmp_path, capsys, i
     train_cnn.main(["--resume", "--out-dir", str(tmp_path / "two")])  # which must not forget it
     assert "best.pt was trained on other images" in err and "this test split" in err
     models = load_models([str(tmp_path / "two" / "best.pt")], torch.device("cpu"))
-    (caveat,) = load_data_for(models, None, None).caveats
+    data = load_data_for(models, None, None)
+    (caveat,) = data.caveats
     assert "two was trained on other images" in caveat
+    # Nor is its temperature fitted on validation images that the first weights may have seen.
+    assert evaluate.own_validation(models[0], data, SimpleNamespace(split="test")) is None
+
+
+def test_a_network_that_does_not_know_its_images_gets_a_caveat_on_a_drawn_split(tmp_path, capsys):
+    """It was trained by hand, on a folder of one level; 20% of it are drawn as test images."""
+    classes_of(tmp_path / "a", "cat", "dog")
+    train_cnn.main(folder_flags(tmp_path / "a", "--out-dir", tmp_path / "run"))
+    models = load_models([str(tmp_path / "run" / "best.pt")], torch.device("cpu"))
+    assert load_data_for(models, None, None).caveats == []
+    models[0].checkpoint["dataset"] = make_metadata(
+        "cnn", {"classes": 2}, classes=["cat", "dog"], mean=[0.5] * 3, std=[0.5] * 3
+    )["dataset"]
+    (caveat,) = load_data_for(models, "folder", tmp_path / "a").caveats
+    assert "run does not know its images" in caveat and "this test split" in caveat
+
+
+def test_a_drawn_split_does_not_depend_on_the_order_of_the_classes(tmp_path):
+    classes_of(tmp_path, "ant", "bee", "cat", count=50)
+    splits = [load_data("folder", tmp_path, classes=order)
+              for order in (None, ["cat", "ant", "bee"])]  # fmt: skip
+    for name in ("train", "val", "test"):
+        first, second = (getattr(data, name).indices for data in splits)
+        assert torch.equal(first, second), name
 
 
 def test_checkpoints_with_other_validation_images_share_their_test_images(tmp_path):

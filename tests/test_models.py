@@ -230,3 +230,9 @@ def test_patch_dropout_leaves_out_other_patches_of_each_image_in_training_only(i
 def test_impossible_combinations_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_vit_refuses_as_many_patches_of_another_shape():
+    vit = ViT(dim=16, depth=1, heads=2, patch_size=4)
+    with pytest.raises(ValueError, match=r"8×8 patches, not \(4, 16\)"):
+        vit(torch.zeros(1, 3, 16, 64))

@@ -112,6 +112,24 @@ def test_a_training_by_hand_can_go_on_from_what_train_returns(tmp_path):
     assert [row["epoch"] for row in last["history"]] == [1, 2]
     with pytest.raises(UserError, match="is of another run"):  # begun again: nothing is replaced
         training.train(model, optimizer, batches, None, settings, metadata)
+    settings = TrainingSettings(out_dir=tmp_path, epochs=3)
+    with pytest.raises(UserError, match="have 2 steps, and now have 1: use the same batches"):
+        training.train(model, optimizer, batches[:1], None, settings, metadata, last)
+
+
+def test_images_of_another_size_than_the_metadata_say_are_refused(tmp_path):
+    """evaluate.py would scale to 32 pixels what was trained on 64."""
+    batches = [(torch.randn(8, 3, 64, 64), torch.arange(8))]
+    model = CNN(**CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = TrainingSettings(out_dir=tmp_path)
+    with pytest.raises(UserError, match="64×64 pixels, the metadata say 32×32"):
+        training.train(
+            model, optimizer, batches, None, settings, make_metadata("cnn", CONFIG, **FACTS)
+        )
+    metadata = make_metadata("cnn", CONFIG, **FACTS, dataset={"image_size": 64})
+    training.train(model, optimizer, batches, None, settings, metadata)
+    assert load_model(tmp_path / "best.pt")[1]["dataset"]["image_size"] == 64
 
 
 def test_decay_spares_the_positions_of_a_wrapped_vit():
