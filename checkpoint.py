@@ -221,6 +221,8 @@ def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
     out_dir = Path(out_dir)
     if checkpoint["best"]["epoch"] < checkpoint["epoch"]:
         best = load_checkpoint(out_dir / "best.pt") | {"history": checkpoint["history"]}
+        # The same, unless last.pt was not written after best.pt and the epoch was repeated.
+        checkpoint["best"].update(best["best"])
     last = out_dir / "last.pt"
     # best.pt first: if the second file is not written, resuming repeats the epoch. The last.pt of a
     # run that is replaced goes: it must not be resumed with the new best.pt.
