@@ -221,8 +221,6 @@ def save_epoch(out_dir: str | Path, checkpoint: dict) -> None:
     out_dir = Path(out_dir)
     if checkpoint["best"]["epoch"] < checkpoint["epoch"]:
         best = load_checkpoint(out_dir / "best.pt") | {"history": checkpoint["history"]}
-        # The same, unless last.pt was not written after best.pt and the epoch was repeated.
-        checkpoint["best"].update(best["best"])
     last = out_dir / "last.pt"
     # best.pt first: if the second file is not written, resuming repeats the epoch. The last.pt of a
     # run that is replaced goes: it must not be resumed with the new best.pt.
@@ -327,21 +325,12 @@ def training_state(network, optimizer, scaler, ema) -> dict:
     }
 
 
-def restore(
-    checkpoint: dict, network, optimizer, scaler, ema, settings, total_steps: int
-) -> tuple[int, dict, list]:
+def restore(checkpoint: dict, network, optimizer, scaler, ema, out_dir) -> tuple[int, dict, list]:
     """Load the training state of out_dir/last.pt; return its step, best epoch and history.
 
-    Raises UserError: it does not fit, as after a change of models.py or of the optimizer; or an
-    epoch now has another number of steps.
+    Raises UserError: it does not fit, as after a change of models.py or of the optimizer.
     """
-    path, groups = Path(settings.out_dir) / "last.pt", optimizer.param_groups
-    had, now = checkpoint["step"] // checkpoint["epoch"], total_steps // settings.epochs
-    if had != now:
-        raise UserError(
-            f"--resume: the epochs of {path} have {had} steps, and now have {now}: use the same "
-            "batches, or start again (--overwrite)"
-        )
+    path, groups = Path(out_dir) / "last.pt", optimizer.param_groups
     try:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -361,7 +350,9 @@ def restore(
         ) from None
     if changed:
         raise UserError(f"--resume: {path}: {changed} (--overwrite)")
-    return checkpoint["step"], checkpoint["best"], checkpoint["history"]
+    best = Path(out_dir) / "best.pt"  # later than last.pt, if a crash came between the two files
+    best = load_checkpoint(best)["best"] if best.exists() else checkpoint["best"]
+    return checkpoint["step"], best, checkpoint["history"]
 
 
 def refuse_other_optimizer(own: dict, saved: dict) -> None:

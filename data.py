@@ -174,12 +174,12 @@ def stratified_split(labels, indices, fraction, what, advice, classes, *, every=
     """
     from sklearn.model_selection import train_test_split  # takes seconds: not for --help
 
+    _, ranks = np.unique(list(classes), return_inverse=True)  # whatever the order of the classes
     try:
         first, second = train_test_split(
             indices.numpy(),
             test_size=fraction,
-            # By name: so the split does not depend on the order of the classes.
-            stratify=[classes[label] for label in labels[indices].tolist()],
+            stratify=ranks[labels[indices].numpy()],
             random_state=SPLIT_SEED,
         )
         enough = not every or len(labels[second].unique()) == len(labels[indices].unique())

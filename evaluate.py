@@ -131,7 +131,7 @@ def measure_robustness(model: TrainedModel, split: Split, classes: list[str]) ->
 def recipe(model: TrainedModel) -> str:
     """What two training runs share that differ in the seed alone; of unknown settings, the file."""
     c = model.checkpoint
-    others = {*CHANGEABLE, "seed"} - {"amp"}
+    others = {*CHANGEABLE, "seed"} - {"amp"}  # precision changes the weights
     same = {k: v for k, v in c["settings"].items() if k not in others}
     images = {k: v for k, v in c["dataset"].items() if k not in ("data_dir", "drawn")}
     network = [c["model_name"], c["model_config"], c["classes"]]

@@ -47,7 +47,7 @@ SIDE, STEP = GRID, 4  # cells along each side; cells that are hidden at a time
 CELLS = SIDE * SIDE
 CONTROLS = ("random", "center", "edges")
 RANDOM_ORDERS = 3  # random orders whose mean is chance
-FEW = 10  # with fewer images a bootstrap interval is too narrow
+FEW = 10  # below, no ranking in words: bootstrap intervals of few images are too narrow
 
 # ---------------------------------------------------------------- maps and ranks
 

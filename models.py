@@ -264,9 +264,8 @@ class ViT(nn.Module):
         """
         x = self.patchify(x)  # (B, D, grid, grid)
         if x.shape[2:] != (self.grid, self.grid):  # 4×16 patches would be as many as 8×8
-            raise ValueError(
-                f"images have {self.grid}×{self.grid} patches, not {tuple(x.shape[2:])}"
-            )
+            h, w = x.shape[2:]
+            raise ValueError(f"takes {self.grid}×{self.grid} patches, not {h}×{w}")
         x = x.flatten(2).transpose(1, 2)  # (B, P, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = x + self.positions

@@ -168,10 +168,12 @@ def trained_before(name: str, trained_on: dict, data: Data, split: str) -> str:
     trained_on: the data set of its checkpoint; its "before" has those of the weights of --init.
     """
     for images in (trained_on, *trained_on.get("before", ())):
-        changed = images.get("content") not in (None, data.content)
-        differ = (images["name"] == data.name and changed) or not images["name"]
         if split == "val":
             differ = not same_images(images, data)
+        elif images["name"] == data.name:
+            differ = images.get("content") not in (None, data.content)
+        else:
+            differ = not images["name"]
         if differ and split in {*data.drawn, *images.get("drawn", ())}:
             known = "was trained on other images" if images["name"] else "does not know its images"
             return (
@@ -264,7 +266,7 @@ class TrainedModel:
     def batches(self, split: Split, *, explain: bool = False) -> Batches:
         """A split's images as the network takes them; `explain`: fewer at a time."""
         count = batch_size_without_training(split.images.shape[-1])
-        count = max(1, count // 16) if explain else count  # 31 images of 32×32 fit into the cache
+        count = max(8, count // 16) if explain else count  # 31 of 32×32 pixels
         device = next(self.network.parameters()).device
         mean, std = self.checkpoint["mean"], self.checkpoint["std"]
         return Batches(split, count, mean=mean, std=std, device=device)

@@ -86,7 +86,8 @@ def train(
         group.setdefault("initial_lr", float(group["lr"]))  # its peak; phase 2 changes "lr"
     step, best, history, last = 0, None, [], checkpoint
     if checkpoint is not None:
-        step, best, history = restore(last, network, optimizer, scaler, ema, settings, total_steps)
+        refuse_other_length(checkpoint, settings, total_steps)
+        step, best, history = restore(checkpoint, network, optimizer, scaler, ema, settings.out_dir)
     distributed.check_same(step)
     model = distributed.wrap(model)  # averages gradients over the processes, if there are several
     seconds = history[-1]["seconds"] if history else 0.0
@@ -101,7 +102,6 @@ def train(
         seen, points, started = 0, [], time.perf_counter()
 
         for images, labels in progress(train_batches, f"epoch {epoch}/{epochs}", steps_per_epoch):
-            check_size(images, metadata)
             seen += len(labels)
             images, labels = distributed.own_part(images.to(device), labels.to(device))
 
@@ -147,7 +147,7 @@ def train(
         # 7. Validate (the averaged weights). This chooses best.pt; the test set never does.
         evaluated = network if ema is None else ema
         distributed.average_statistics(network, ema)
-        scores, outputs = validate(evaluated, val_batches, settings, autocast)
+        scores, outputs = validate(evaluated, val_batches, metadata, settings, autocast)
         row |= scores
         check_finite(evaluated, row, settings)
 
@@ -182,19 +182,6 @@ def progress(batches, title: str, steps: int):
         stop_if_asked()
 
 
-def check_size(images: torch.Tensor, metadata: dict) -> None:
-    """Raise UserError if images (B, 3, H, W) are not of the size that the metadata say.
-
-    For evaluate.py and explain.py scale images to that size.
-    """
-    size, (height, width) = metadata["dataset"]["image_size"], images.shape[-2:]
-    if (height, width) != (size, size):
-        raise UserError(
-            f"the batches have images of {height}×{width} pixels, the metadata say {size}×{size}: "
-            "scale them, or use --image-size or make_metadata(..., dataset={'image_size': ...})"
-        )
-
-
 @contextlib.contextmanager
 def own_random_numbers(device: torch.device, *numbers: int):
     """Seed PyTorch's generators in the block with `numbers` and the process; restore them after it.
@@ -214,6 +201,19 @@ def limited_length(batches, limit: int | None) -> int:
     if not len(batches):
         raise ValueError("no batches: there are fewer images than one batch has, or none")
     return min(len(batches), limit or len(batches))
+
+
+def refuse_other_length(checkpoint: dict, settings, total_steps: int) -> None:
+    """Raise UserError if an epoch of the run to resume had another number of steps.
+
+    Its next learning rate would jump, or be negative.
+    """
+    had, now = checkpoint["step"] // checkpoint["epoch"], total_steps // settings.epochs
+    if had != now:
+        raise UserError(
+            f"--resume: an epoch of {settings.out_dir}/last.pt has {had} steps; with these batches "
+            f"it has {now}: use the same batches and batch size, or start again (--overwrite)"
+        )
 
 
 def lr_at(step: int, total_steps: int, warmup: float, peak: float) -> float:
@@ -249,10 +249,12 @@ def update_average(ema: nn.Module, network: nn.Module, step: int, decay: float) 
 
 
 @torch.no_grad()
-def validate(network, batches, settings, autocast) -> tuple[dict, tuple | None]:
+def validate(network, batches, metadata, settings, autocast) -> tuple[dict, tuple | None]:
     """`val_loss` and `val_accuracy` over all batches, and (logits (N, C), labels (N,)).
 
     The loss is the plain cross-entropy, without label smoothing. Without batches all is None.
+
+    Raises UserError: images are not of the size to which evaluate.py will scale.
     """
     if not batches:
         return {"val_loss": None, "val_accuracy": None}, None
@@ -262,6 +264,7 @@ def validate(network, batches, settings, autocast) -> tuple[dict, tuple | None]:
     outputs, labels = [], []
     steps = limited_length(batches, settings.limit_batches)
     for images, numbers in progress(batches, "validation", steps):
+        check_size(images, metadata["dataset"]["image_size"])
         with autocast:
             part = network(images[own].to(device)).float()
         # Rows of the other processes are 0 here, so a sum puts all together, each image once.
@@ -273,6 +276,15 @@ def validate(network, batches, settings, autocast) -> tuple[dict, tuple | None]:
     loss = F.cross_entropy(logits, labels).item()
     correct = (logits.argmax(1) == labels).sum().item()
     return {"val_loss": loss, "val_accuracy": correct / len(labels)}, (logits, labels)
+
+
+def check_size(images: torch.Tensor, size: int) -> None:
+    """Raise UserError if images (B, 3, H, W) have another side than the metadata say."""
+    if images.ndim == 4 and images.shape[2:] != (size, size):
+        raise UserError(
+            f"validation images have {images.shape[2]}×{images.shape[3]} pixels, the metadata say "
+            f"{size}×{size}: scale them, or use make_metadata(..., dataset={{'image_size': ...}})"
+        )
 
 
 def is_best(row: dict, best: dict | None) -> bool:

@@ -10,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -575,7 +576,10 @@ def test_make_jpeg_copy(tmp_path, monkeypatch):
     def cifar10(root, train, download):
         assert root == tmp_path / "data" and download
         labels = (1, 0, 1) if train else (0,)
-        return Source((Image.new("RGB", (32, 32), (9 * label, 0, 0)), label) for label in labels)
+        return Source(zip(pictures, labels, strict=False))
+
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in "123"]
 
     monkeypatch.setattr(make_jpeg_copy, "CIFAR10", cifar10)
     make_jpeg_copy.main([str(tmp_path / "data"), str(tmp_path / "copy")])
@@ -583,6 +587,10 @@ def test_make_jpeg_copy(tmp_path, monkeypatch):
     assert written == [
         "test/cat/0000.jpg", "train/cat/0000.jpg", "train/dog/0000.jpg", "train/dog/0001.jpg",
     ]  # fmt: skip
+    for picture, name in zip(pictures, ("dog/0000", "cat/0000", "dog/0001"), strict=True):
+        picture.save(tmp_path / "expected.jpg", quality=75)
+        found = (tmp_path / "copy" / "train" / f"{name}.jpg").read_bytes()
+        assert found == (tmp_path / "expected.jpg").read_bytes()
 
 
 # ---------------------------------------------------------------- explanations

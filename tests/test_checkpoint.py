@@ -118,19 +118,6 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(
     assert not (tmp_path / "it-ran").exists()
 
 
-def test_what_is_said_of_the_best_epoch_is_what_best_pt_holds(trained, tmp_path):
-    """last.pt was not written after best.pt, and the repeated epoch is worse (on another GPU)."""
-    shutil.copy(trained["cnn"], tmp_path / "best.pt")
-    state = checkpoint.load_checkpoint(trained["cnn"].with_name("last.pt"))
-    held = checkpoint.load_checkpoint(tmp_path / "best.pt")["best"]
-    state |= {
-        "epoch": held["epoch"] + 1,
-        "best": {"epoch": held["epoch"] - 1, "val_accuracy": 0.01},
-    }
-    checkpoint.save_epoch(tmp_path, state)
-    assert state["best"] == held == checkpoint.load_checkpoint(tmp_path / "last.pt")["best"]
-
-
 def test_a_failed_save_leaves_the_old_file(trained, tmp_path, monkeypatch):
     state = checkpoint.load_checkpoint(trained["cnn"])
     path = tmp_path / "last.pt"

@@ -311,11 +311,14 @@ def test_best_pt_has_the_weights_that_were_best_on_validation(tmp_path, monkeypa
             assert torch.equal(state["model"][name], value)
 
 
+SIZE = {"dataset": {"image_size": 2}}  # what validation needs of the metadata
+
+
 def test_validation_is_the_plain_loss_and_accuracy_of_all_images():
     model, batches, _ = linear_and_batches()
     batches[2] = tuple(part[:3] for part in batches[2])  # an incomplete batch counts as much less
     settings = TrainingSettings(out_dir="", label_smoothing=0.2)
-    found, answers = training.validate(model, batches, settings, contextlib.nullcontext())
+    found, answers = training.validate(model, batches, SIZE, settings, contextlib.nullcontext())
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     log_p = model(images).log_softmax(1)
     plain = -log_p[torch.arange(len(labels)), labels].mean().item()
@@ -324,7 +327,7 @@ def test_validation_is_the_plain_loss_and_accuracy_of_all_images():
     torch.testing.assert_close(answers[0], model(images))
     assert torch.equal(answers[1], labels)
     settings = TrainingSettings(out_dir="", limit_batches=2)
-    _, answers = training.validate(model, batches, settings, contextlib.nullcontext())
+    _, answers = training.validate(model, batches, SIZE, settings, contextlib.nullcontext())
     assert torch.equal(answers[1], labels[:16])
 
 
@@ -342,7 +345,7 @@ def test_validation_leaves_batch_norm_alone():
         TrainingSettings(out_dir=""),
         [(torch.randn(8, 12) + 3, torch.arange(8) % 5)],
     )
-    training.validate(model, batches, settings, contextlib.nullcontext())
+    training.validate(model, batches, SIZE, settings, contextlib.nullcontext())
     assert torch.equal(model[0].running_mean, before)
 
 

@@ -14,7 +14,7 @@ import train_cnn
 import train_vit
 import training
 from attribution import attribute
-from checkpoint import load_checkpoint, load_model, make_metadata
+from checkpoint import load_checkpoint, load_model, make_metadata, restore, save_checkpoint
 from cli import UserError
 from models import CNN, MODELS, unwrap
 from training import TrainingSettings
@@ -112,23 +112,28 @@ def test_a_training_by_hand_can_go_on_from_what_train_returns(tmp_path):
     assert [row["epoch"] for row in last["history"]] == [1, 2]
     with pytest.raises(UserError, match="is of another run"):  # begun again: nothing is replaced
         training.train(model, optimizer, batches, None, settings, metadata)
+    best = load_checkpoint(tmp_path / "best.pt")
+    best["best"]["epoch"] = 3  # last.pt was not written after it
+    save_checkpoint(tmp_path / "best.pt", best)
+    found = restore(last, model, optimizer, torch.amp.GradScaler("cpu"), None, tmp_path)
+    assert found == (4, best["best"], last["history"])
     settings = TrainingSettings(out_dir=tmp_path, epochs=3)
-    with pytest.raises(UserError, match="have 2 steps, and now have 1: use the same batches"):
+    with pytest.raises(UserError, match="has 2 steps; with these batches it has 1: use"):
         training.train(model, optimizer, batches[:1], None, settings, metadata, last)
 
 
 def test_images_of_another_size_than_the_metadata_say_are_refused(tmp_path):
-    """evaluate.py would scale to 32 pixels what was trained on 64."""
-    batches = [(torch.randn(8, 3, 64, 64), torch.arange(8))]
+    """evaluate.py would scale to 32 pixels what was chosen at 64. Training may use other sizes."""
+    small, batches = ([(torch.randn(8, 3, size, size), torch.arange(8))] for size in (32, 64))
     model = CNN(**CONFIG)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     settings = TrainingSettings(out_dir=tmp_path)
-    with pytest.raises(UserError, match="64×64 pixels, the metadata say 32×32"):
+    with pytest.raises(UserError, match="have 64×64 pixels, the metadata say 32×32"):
         training.train(
-            model, optimizer, batches, None, settings, make_metadata("cnn", CONFIG, **FACTS)
+            model, optimizer, small, batches, settings, make_metadata("cnn", CONFIG, **FACTS)
         )
     metadata = make_metadata("cnn", CONFIG, **FACTS, dataset={"image_size": 64})
-    training.train(model, optimizer, batches, None, settings, metadata)
+    training.train(model, optimizer, small, batches, settings, metadata)
     assert load_model(tmp_path / "best.pt")[1]["dataset"]["image_size"] == 64
 
 
