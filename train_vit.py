@@ -1,6 +1,6 @@
 """Train the Vision Transformer.
 
-    python train_vit.py --dataset digits                     2 to 3 minutes, 100%
+    python train_vit.py --dataset digits                     1 to 3 minutes, 99 to 100%
     python train_vit.py                                      CIFAR-10: 40 minutes, 82%
     python train_vit.py --dataset folder --data-dir photos   photos/train/<class>/*, photos/test
 

@@ -162,13 +162,13 @@ def test_the_command(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         faithfulness, "build_model", lambda *a: untrained.append(build_model(*a)) or untrained[-1]
     )
-    argv = [*map(str, trained.values()), "--count", "6", "--out-dir", str(tmp_path)]
+    argv = [*map(str, trained.values()), "--count", "10", "--out-dir", str(tmp_path)]
     faithfulness.main([*argv, "--method", "grad-cam", "attention"])
     out = capsys.readouterr().out
-    assert "digits: 6 of 360 test images" in out and re.search(r"edges +1\.000 +0\.\d{3}\n", out)
+    assert "digits: 10 of 360 test images" in out and re.search(r"edges +1\.000 +0\.\d{3}\n", out)
     assert "deletion, mean: best grad-cam" in out
     found = json.loads((tmp_path / "faithfulness.json").read_text())
-    assert found["images"] == 6 and found["split"] == "test"
+    assert found["images"] == 10 and found["split"] == "test"
     vit = found["checkpoints"][str(trained["vit"])]
     assert set(vit["scores"]) == {"grad-cam", "attention", "random", "center", "edges"}
     cell = vit["scores"]["attention"]["SaCo"]["blur"]
