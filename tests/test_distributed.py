@@ -39,7 +39,7 @@ def in_processes(number: int, function, *args, **more) -> None:
         _start, (environment, function, args), number, join=False, start_method="fork"
     )
     for process in context.processes:  # `context.join` would end the others when one fails
-        process.join(120)
+        process.join(300)
     context.join(timeout=1, grace_period=1)
     assert not any(process.is_alive() for process in context.processes), "they hang"
 
