@@ -41,7 +41,7 @@ from prepare import (
     same_images,
     trained_before,
 )
-from settings import CHANGEABLE
+from settings import OF_THE_RUN
 
 MAX_DRAWN = 3  # pairs of checkpoints, and checkpoints with their mistakes, in figures
 
@@ -131,8 +131,7 @@ def measure_robustness(model: TrainedModel, split: Split, classes: list[str]) ->
 def recipe(model: TrainedModel) -> str:
     """What two training runs share that differ in the seed alone; of unknown settings, the file."""
     c = model.checkpoint
-    others = {*CHANGEABLE, "seed"} - {"amp"}  # precision changes the weights
-    same = {k: v for k, v in c["settings"].items() if k not in others}
+    same = {k: v for k, v in c["settings"].items() if k not in {*OF_THE_RUN, "seed"}}
     images = {k: v for k, v in c["dataset"].items() if k not in ("data_dir", "drawn")}
     network = [c["model_name"], c["model_config"], c["classes"]]
     shared = [network, len(c["history"]), images, same or model.path]

@@ -265,8 +265,7 @@ class TrainedModel:
 
     def batches(self, split: Split, *, explain: bool = False) -> Batches:
         """A split's images as the network takes them; `explain`: fewer at a time."""
-        count = batch_size_without_training(split.images.shape[-1])
-        count = max(8, count // 16) if explain else count  # 31 of 32×32 pixels
+        count = batch_size_without_training(split.images.shape[-1], explain=explain)
         device = next(self.network.parameters()).device
         mean, std = self.checkpoint["mean"], self.checkpoint["std"]
         return Batches(split, count, mean=mean, std=std, device=device)

@@ -32,6 +32,7 @@ from optimizers import fast_bfloat16
 # Flags that may differ when a run is resumed: how and where it runs.
 CHANGEABLE = {"device", "threads", "amp", "compile", "data_dir", "out_dir", "resume", "overwrite"}
 CHANGEABLE |= {"pictures", "run_id"}
+OF_THE_RUN = CHANGEABLE - {"amp"}  # not of the recipe; precision is
 
 WITHOUT_WEIGHTS = {"drop_path", "patch_dropout"}  # network flags that may differ with --init
 

@@ -19,6 +19,7 @@ import torch
 from common import in_turn, ratios
 
 from attribution import METHODS, attribute, methods_for
+from batches import batch_size_without_training
 from cli import Parser, command, integer, path_type, run
 from evaluate import table
 from prepare import load_models
@@ -29,9 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def measurements(model, name: str, images: torch.Tensor) -> dict:
     """What is measured for one network, by name: functions without arguments."""
     targets = torch.arange(len(images)) % 10
+    parts = batch_size_without_training(32, explain=True)
 
-    def by(method):  # as many at once as in explain.py
-        for x, t in zip(images.split(31), targets.split(31), strict=True):
+    def by(method):
+        for x, t in zip(images.split(parts), targets.split(parts), strict=True):
             attribute(model, x, t, method)
 
     found = {"forward": lambda: torch.inference_mode()(model)(images)}

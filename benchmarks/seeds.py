@@ -21,7 +21,7 @@ from sklearn.metrics import accuracy_score
 from checkpoint import load_checkpoint
 from cli import Parser, UserError, command, integer, path_type, real, run
 from prepare import load_data_for, load_models
-from settings import CHANGEABLE
+from settings import OF_THE_RUN
 
 
 def measure(path: Path, target: float) -> dict:
@@ -86,7 +86,7 @@ def main(argv=None):
     rows, settings = [], {}
     for seed in dict.fromkeys(args.seeds):
         row, new = train_and_measure(args.network, seed, argv[len(own) + 1 :], args)
-        keys = {*new, *settings} - (CHANGEABLE - {"amp"}) if rows else ()
+        keys = {*new, *settings} - OF_THE_RUN if rows else ()
         if differ := ", ".join(sorted(key for key in keys if new.get(key) != settings.get(key))):
             raise UserError(f"{args.out_dir}: the runs differ in {differ}: use another --out-dir")
         settings = new

@@ -318,6 +318,8 @@ def test_seeds(results, photos, tmp_path, monkeypatch, fails):
     state = load_checkpoint(other)
     save_checkpoint(other, state | {"settings": state["settings"] | {"shift": 1}})
     assert "the runs differ in shift" in fails(seeds.main, *argv)
+    save_checkpoint(other, state | {"settings": state["settings"] | {"amp": "other"}})
+    assert "the runs differ in amp" in fails(seeds.main, *argv)
     save_checkpoint(other, state | {"dataset": state["dataset"] | {"content": "others"}})
     assert "the runs differ in images" in fails(seeds.main, *argv)
     tests = [run["test_accuracy"] for run in row["runs"]]

@@ -28,7 +28,7 @@ VIT = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8, "classes": 3}
 SMALL_CNN = {"stem": 4, "widths": (8,), "depths": (1,), "classes": 3}
 
 
-def in_processes(number: int, function, *args, **more) -> None:
+def in_processes(number: int, function, *args, limit: float = 120, **more) -> None:
     """Call function(*args) in `number` processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("", 0))
@@ -39,7 +39,7 @@ def in_processes(number: int, function, *args, **more) -> None:
         _start, (environment, function, args), number, join=False, start_method="fork"
     )
     for process in context.processes:  # `context.join` would end the others when one fails
-        process.join(300)
+        process.join(limit)
     context.join(timeout=1, grace_period=1)
     assert not any(process.is_alive() for process in context.processes), "they hang"
 
@@ -325,7 +325,7 @@ def test_recipes_reach_the_same_accuracy(tmp_path, script):
     """With the recipe's optimizers: digits, two processes against one."""
     argv = ["--dataset", "digits", "--recipe", "fast", "--pictures", "off", "--out-dir"]
     script.main([*argv, str(tmp_path / "one")])
-    in_processes(2, call, script.main, *argv, str(tmp_path / "two"))
+    in_processes(2, call, script.main, *argv, str(tmp_path / "two"), limit=300)
     accuracies = []
     for run in ("one", "two"):
         models = load_models([str(tmp_path / run / "best.pt")], torch.device("cpu"))

@@ -61,16 +61,18 @@ def test_compiled_and_eager_runs_are_interchangeable(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, [*TINY_VIT, "--patch-dropout", "0"])]
-)
-def test_the_real_compiler(tmp_path, script, tiny, capsys):
-    """All patches, because compiled code draws other random numbers."""
-    for flags, name in (([], "eager"), (["--compile"], "compiled")):
-        script.main([*DIGITS, *tiny, "--epochs", "1", *flags, "--out-dir", str(tmp_path / name)])
+@pytest.mark.parametrize(("script", "tiny"), [(train_cnn, TINY_CNN), (train_vit, TINY_VIT)])
+def test_the_real_compiler(tmp_path, script, tiny, capsys, monkeypatch):
+    """With the random numbers of eager code, and Muon in float32: bfloat16 enlarges rounding."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(optimizers, "fast_bfloat16", lambda device: False)
+    argv = [*DIGITS, *tiny, "--epochs", "1", "--out-dir"]
+    with config.patch(fallback_random=True):
+        for flags, name in (([], "eager"), (["--compile"], "compiled")):
+            script.main([*argv, str(tmp_path / name), *flags])
     eager, compiled = (load_checkpoint(tmp_path / d / "best.pt") for d in ("eager", "compiled"))
-    # Muon in bfloat16 and the first steps of AdamW enlarge differences of rounding.
-    same(eager["model"], compiled["model"], tolerance=5e-3)
+    same(eager["model"], compiled["model"], tolerance=1e-3)
     explain.main([str(tmp_path / "compiled" / "best.pt"), "--out-dir", str(tmp_path / "maps")])
     assert "warning" not in capsys.readouterr().err
 
